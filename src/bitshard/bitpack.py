@@ -36,16 +36,15 @@ def pack(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
         )
     fields = codes.reshape(length // per_pack, per_pack, *codes.shape[1:])
     words = torch.zeros(
-        length // per_pack, words_per_pack(bits), *codes.shape[1:], dtype=torch.int64, device=codes.device
+        length // per_pack, words_per_pack(bits), *codes.shape[1:], dtype=torch.int32, device=codes.device
     )
     for i in range(per_pack):
         word, offset = divmod(i * bits, WORD_BITS)
-        field = fields[:, i].long()
-        words[:, word] |= field << offset & 0xFFFFFFFF
+        field = fields[:, i].to(torch.int32)
+        words[:, word] |= field << offset
         if offset + bits > WORD_BITS:
             words[:, word + 1] |= field >> (WORD_BITS - offset)
-    # .to(int32) keeps the low 32 bits, sign included
-    return words.reshape(-1, *codes.shape[1:]).to(torch.int32).movedim(0, dim).contiguous()
+    return words.reshape(-1, *codes.shape[1:]).movedim(0, dim).contiguous()
 
 
 def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ class GptqLayout:
     def unpack_zeros(self, qzeros: torch.Tensor, bits: int) -> torch.Tensor:
         """[G, N*bits/32] words to the true zeros, uint8 [G, N]."""
         if self.zeros_version == 1 and bits != 3:
-            qzeros = _wrap_int32(qzeros.long() + _ones(bits))
+            qzeros = (qzeros.long() + _ones(bits)).to(torch.int32)  # keeps the low 32 bits
         zeros = unpack(qzeros, bits, dim=1)
         if self.zeros_version == 1 and bits == 3:
             zeros = (zeros + 1) & 7
@@ -75,7 +75,11 @@ class GptqLayout:
         if self.zeros_version == 1 and bits == 3:
             return pack((zeros_GN + 7) & 7, bits, dim=1)
         qzeros = pack(zeros_GN, bits, dim=1)
-        return _wrap_int32(qzeros.long() - _ones(bits)) if self.zeros_version == 1 else qzeros
+        return (qzeros.long() - _ones(bits)).to(torch.int32) if self.zeros_version == 1 else qzeros
+
+    def permute_rows(self, qweight: torch.Tensor, bits: int, perm_K: torch.Tensor) -> torch.Tensor:
+        """Packed rows in another order, `perm[new] = old`, without the other tensors."""
+        return pack(unpack(qweight, bits, dim=0)[perm_K], bits, dim=0)
 
     def _check_zeros(self, name: str, weight: QuantizedWeight) -> None:
         """A symmetric weight has one possible zero, so it shows when the declared version is the wrong one."""
@@ -96,10 +100,6 @@ class GptqLayout:
 def _ones(bits: int) -> int:
     """A one in every field of a word. Version 1 files are made by subtracting it from whole words, borrow and all."""
     return sum(1 << i for i in range(0, 32, bits))
-
-
-def _wrap_int32(words: torch.Tensor) -> torch.Tensor:
-    return words.to(torch.int32)  # keeps the low 32 bits
 
 
 def check(name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> None:

@@ -1,0 +1,43 @@
+"""Plain torch: what every kernel of the op must equal. Shape legend: M tokens, K input, N output channels, G groups."""
+
+from __future__ import annotations
+
+import torch
+
+from bitshard.bitpack import unpack
+from bitshard.layout import GptqLayout
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    scales_GN: torch.Tensor,
+    qzeros: torch.Tensor,
+    g_idx_K: torch.Tensor | None,
+    bits: int,
+    zeros_version: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """GPTQ tensors to the matrix [K, N] in `dtype`: an exact integer difference times the scale, rounded once."""
+    layout = GptqLayout(1) if zeros_version == 1 else GptqLayout(2)
+    codes_KN = unpack(qweight, bits, dim=0)
+    zeros_GN = layout.unpack_zeros(qzeros, bits).to(dtype)
+    scales_GN = scales_GN.to(dtype)
+    if g_idx_K is not None:
+        g = g_idx_K.long()
+        return (codes_KN.to(dtype) - zeros_GN[g]) * scales_GN[g]
+    groups, n = scales_GN.shape
+    codes_GBN = codes_KN.view(groups, -1, n).to(dtype)
+    return codes_GBN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).view(-1, n)
+
+
+def gptq_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    qzeros: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    zeros_version: int,
+) -> torch.Tensor:
+    """x [..., K] times the dequantized matrix, both in x's dtype."""
+    return x @ dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, x.dtype)

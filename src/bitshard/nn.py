@@ -1,0 +1,117 @@
+"""Modules that run packed weights: QuantLinear, and Experts for a mixture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from bitshard.bitpack import packed_length
+from bitshard.kernels import gptq_linear
+from bitshard.layout import GptqLayout
+from bitshard.quantized import trivial_g_idx
+from bitshard.spec import QuantSpec
+
+
+class QuantLinear(nn.Module):
+    """A linear layer over GPTQ tensors, under their public names.
+
+    After the weights are in, `order_rows` sorts them by group once; from then on every scale is read in order and only
+    `perm` is left of `g_idx`: the gather of the input that the file's order asks for, None when there is none.
+    in_features and out_features are the full sizes; a tensor-parallel rank holds a slice of the tensors.
+    """
+
+    # transformers' tensor parallelism then runs forward on local tensors and does the all-reduce and bias outside
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        layout: GptqLayout,
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.spec, self.layout = spec, layout
+        groups = in_features // spec.group(in_features)
+
+        def frozen(*shape: int, dtype: torch.dtype = torch.int32) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+        self.qweight = frozen(packed_length(in_features, spec.bits), out_features)
+        self.qzeros = frozen(groups, packed_length(out_features, spec.bits))
+        self.scales = frozen(groups, out_features, dtype=dtype)
+        self.g_idx: nn.Parameter | None = frozen(in_features)
+        self.bias = frozen(out_features, dtype=dtype) if bias else None
+        self.perm: torch.Tensor | None = None
+
+    def order_rows(self) -> None:
+        """Sort the rows by group (stable, 2402.04925 Algorithm 1) and drop `g_idx` where groups come out whole.
+
+        A rank that holds a slice of an irregular matrix keeps `g_idx`: its groups are of unequal length.
+        """
+        if self.g_idx is None:
+            return
+        g_idx = self.g_idx.data - self.g_idx.data.min() if self._owns_its_groups() else self.g_idx.data
+        order = torch.argsort(g_idx, stable=True)
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            weight = self.layout.permute_rows(self.qweight.data, self.spec.bits, order)
+            self.qweight = nn.Parameter(weight, requires_grad=False)
+            self.perm = order
+        regular = trivial_g_idx(len(g_idx), max(len(g_idx) // self.scales.shape[0], 1)).to(g_idx.device)
+        sorted_g_idx = g_idx[order]
+        self.g_idx = None if torch.equal(sorted_g_idx, regular) else nn.Parameter(sorted_g_idx, requires_grad=False)
+
+    def _owns_its_groups(self) -> bool:
+        """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
+        assert self.g_idx is not None
+        return self.scales.shape[0] < self.in_features // self.spec.group(self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        if self.perm is not None:
+            x = x[..., self.perm]
+        y = gptq_linear(
+            x, self.qweight, self.scales, self.qzeros, self.g_idx, self.spec.bits, self.layout.zeros_version
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.spec.bits}-bit, group_size={self.spec.group_size}"
+
+
+class Experts(nn.ModuleDict):
+    """The experts of a Mixtral-like block, each with its own gate (w1), up (w3) and down (w2) matrix.
+
+    transformers holds all experts' weights in two 3-D tensors; low-bit files hold one matrix for each. make_linear: name
+    below the experts ("3.w1") -> module. Same call as transformers' MixtralExperts.
+    """
+
+    def __init__(
+        self, num_experts: int, act_fn: Callable[[torch.Tensor], torch.Tensor], make_linear: Callable[[str], nn.Module]
+    ) -> None:
+        super().__init__(
+            {
+                str(e): nn.ModuleDict({w: make_linear(f"{e}.{w}") for w in ("w1", "w3", "w2")})
+                for e in range(num_experts)
+            }
+        )
+        self.act_fn = act_fn
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
+        out = torch.zeros_like(hidden_states)
+        for e, expert in self.items():
+            tokens, slot = torch.where(top_k_index == int(e))
+            if len(tokens) == 0:
+                continue
+            x = hidden_states[tokens]
+            y = expert["w2"](self.act_fn(expert["w1"](x)) * expert["w3"](x))
+            out.index_add_(0, tokens, (y * top_k_weights[tokens, slot, None]).to(out.dtype))
+        return out
