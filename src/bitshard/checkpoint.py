@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bitshard.spec import QuantSpec
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 REWRITTEN = ("config.json", "quantize_config.json", INDEX)
+OUR_KEYS = (*QuantSpec.__dataclass_fields__, "quant_method", "checkpoint_format", "format", "dynamic", "bitshard")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -42,6 +43,7 @@ class QuantConfig:
     layout: GptqLayout
     overrides: tuple[tuple[str, dict[str, Any] | None], ...] = ()
     section: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other keys of the file, kept as they are
 
     def spec_of(self, module: str) -> QuantSpec | None:
         """Spec of one matrix by name, the first matching override applied; None where an override says 16-bit."""
@@ -58,12 +60,13 @@ class QuantConfig:
         format_name = "gptq" if self.layout.zeros_version == 1 else "gptq_v2"
         dynamic = {("-:" if s is None else "+:") + p: s or {} for p, s in self.overrides}
         return {
+            "lm_head": False,
+            **self.extra,
             **vars(self.spec),
             "quant_method": "gptq",
             "checkpoint_format": format_name,
             "format": format_name,
             "pack_dtype": "int32",
-            "lm_head": False,
             **({"dynamic": dynamic} if dynamic else {}),
             "bitshard": dict(self.section),
         }
@@ -105,7 +108,8 @@ def parse_quant_config(section: Mapping[str, Any], where: str) -> QuantConfig:
         raise FormatError(
             where, f"no {missing}", "bits and group_size", "add what the quantizer was asked for"
         ) from None
-    return QuantConfig(spec, GptqLayout(1 if names == {"gptq"} else 2), tuple(overrides), ours)
+    layout = GptqLayout(1 if names == {"gptq"} else 2)
+    return QuantConfig(spec, layout, tuple(overrides), ours, {k: v for k, v in section.items() if k not in OUR_KEYS})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -158,7 +162,9 @@ class Checkpoint:
 
     def plan(self) -> TPPlan:
         """The cuts of this checkpoint, with the row-parallel matrices that keep an irregular `g_idx`."""
-        return TPPlan(self.arch, self.sizes, self.spec_of, self.is_irregular)
+        uncut = TPPlan(self.arch, self.sizes, self.spec_of)
+        rows = [n for i in range(self.sizes.layers) for n, linear in uncut.linears(i) if linear.role == "row"]
+        return replace(uncut, gathered=frozenset(filter(self.is_irregular, rows)))
 
     def spec_of(self, module: str) -> QuantSpec | None:
         """Spec of one matrix; None where it stays 16-bit."""
@@ -304,6 +310,17 @@ def _names(shard: Path) -> list[str]:
     return names
 
 
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that changes from run to run; equal content must be equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))  # the format allows trailing spaces
+
+
 class Writer:
     """Writes a checkpoint folder shard by shard, resumable, never half-written under its final name.
 
@@ -341,6 +358,7 @@ class Writer:
         metadata = {"format": "pt", "bitshard": json.dumps({"version": FORMAT_VERSION, "layout": GptqLayout.name})}
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            _sort_metadata(temporary)
             temporary.rename(self.partial / file_name)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)

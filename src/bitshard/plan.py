@@ -20,8 +20,6 @@ CANDIDATE_DEGREES = (*range(1, 17), 24, 32, 48, 64)
 
 # The spec of one matrix by its full name, or None where it stays 16-bit.
 SpecOf = Callable[[str], QuantSpec | None]
-# Whether a row-parallel matrix keeps an irregular g_idx, by its full name.
-IsGathered = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class TPPlan:
     arch: Architecture
     sizes: Shapes
     spec_of: SpecOf
-    gathered: IsGathered = lambda name: False
+    gathered: frozenset[str] = frozenset()
 
     def linears(self, layer: int) -> list[tuple[str, Linear]]:
         """(full name, matrix) of one decoder block."""
@@ -73,7 +71,7 @@ class TPPlan:
         if linear.role == "row":
             k = linear.in_features
             unit, what = word, f"a packed word of {word} codes"
-            if spec and not self.gathered(name) and spec.group(k) < k:
+            if spec and name not in self.gathered and spec.group(k) < k:
                 unit, what = lcm(spec.group_size, word), f"a group of {spec.group_size} input channels"
             return "" if _divides(k, unit, tp_size) else f"{k} input channels / {tp_size} splits {what}"
         for width in self._column_widths(linear):
@@ -143,14 +141,14 @@ class TPPlan:
         if spec is None:
             return 2 * local_k * n
         groups = ceil(k / spec.group(k))
-        if linear.role == "row" and not self.gathered(name) and groups > 1:
+        if linear.role == "row" and name not in self.gathered and groups > 1:
             groups //= tp_size
         return 4 * packed_length(local_k, spec.bits) * n + groups * (2 * n + 4 * packed_length(n, spec.bits))
 
     def replicated_scale_bytes(self, name: str, linear: Linear, tp_size: int) -> int:
         """Extra bytes of scales and zeros a rank holds because a row-parallel matrix keeps an irregular `g_idx`."""
         spec = self.spec_of(name)
-        if spec is None or not self.gathered(name):
+        if spec is None or name not in self.gathered:
             return 0
         groups = ceil(linear.in_features / spec.group(linear.in_features))
         row = 2 * linear.out_features + 4 * packed_length(linear.out_features, spec.bits)

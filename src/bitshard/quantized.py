@@ -5,16 +5,27 @@ Shape legend: K input channels, N output channels, G groups. Orientation is GPTQ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from bitshard.errors import FormatError
 from bitshard.spec import QuantSpec
 
 
 def trivial_g_idx(in_features: int, group: int) -> torch.Tensor:
     """The group of each input channel when groups are consecutive: int32 [K], `arange(K) // group`."""
     return torch.arange(in_features, dtype=torch.int32) // group
+
+
+def insert(tensor: torch.Tensor, places: Sequence[tuple[int, int]], value: float) -> torch.Tensor:
+    """Entries of `value` inserted along the last dimension: (position in the old tensor, how many), positions rising."""
+    pieces, start = [], 0
+    for position, count in places:
+        pieces += [tensor[..., start:position], tensor.new_full((*tensor.shape[:-1], count), value)]
+        start = position
+    return torch.cat([*pieces, tensor[..., start:]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,43 @@ class QuantizedWeight:
             scales_GN=self.scales_GN[:, perm_N],
             zeros_GN=self.zeros_GN[:, perm_N],
             bias_N=None if self.bias_N is None else self.bias_N[perm_N],
+        )
+
+    def insert_columns(self, places: Sequence[tuple[int, int]]) -> QuantizedWeight:
+        """Output channels that dequantize to zero: (position in the old columns, how many), positions rising."""
+        middle = 1 << (self.spec.bits - 1)
+
+        def widen(tensor: torch.Tensor, value: float) -> torch.Tensor:
+            return insert(tensor, places, value)
+
+        return replace(
+            self,
+            codes_KN=widen(self.codes_KN, middle),
+            scales_GN=widen(self.scales_GN, 1),
+            zeros_GN=widen(self.zeros_GN, middle),
+            bias_N=None if self.bias_N is None else widen(self.bias_N, 0),
+        )
+
+    def append_rows(self, count: int) -> QuantizedWeight:
+        """Input channels that dequantize to zero, in groups of their own (or in the only group there is).
+
+        Raises FormatError when `count` is not whole groups.
+        """
+        if self.spec.group_size == -1:
+            codes = torch.cat([self.codes_KN, self.zeros_GN.expand(count, -1)])
+            return replace(self, codes_KN=codes, g_idx_K=torch.cat([self.g_idx_K, self.g_idx_K[:1].expand(count)]))
+        groups, rest = divmod(count, self.group)
+        if rest:
+            raise FormatError("padding", f"{count} channels", f"whole groups of {self.group}", "pad to another degree")
+        n, middle = self.out_features, 1 << (self.spec.bits - 1)
+        first = self.scales_GN.shape[0]
+        new_groups = torch.arange(first, first + groups, dtype=torch.int32).repeat_interleave(self.group)
+        return replace(
+            self,
+            codes_KN=torch.cat([self.codes_KN, self.codes_KN.new_full((count, n), middle)]),
+            scales_GN=torch.cat([self.scales_GN, self.scales_GN.new_ones(groups, n)]),
+            zeros_GN=torch.cat([self.zeros_GN, self.zeros_GN.new_full((groups, n), middle)]),
+            g_idx_K=torch.cat([self.g_idx_K, new_groups]),
         )
 
     def renumber_groups(self) -> QuantizedWeight:
