@@ -198,6 +198,15 @@ class Checkpoint:
                 tensors[name] = opened[path].get_tensor(name)
         return tensors
 
+    def shapes(self, names: Iterable[str]) -> dict[str, list[int]]:
+        """Shapes of those of the named tensors that exist; reads headers alone."""
+        shapes = {}
+        for name in names:
+            if name in self.files:
+                with safe_open(self.files[name], "pt") as file:
+                    shapes[name] = file.get_slice(name).get_shape()
+        return shapes
+
     def tensor(self, name: str) -> torch.Tensor:
         return self.read([name])[name]
 

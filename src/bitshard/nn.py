@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class QuantLinear(nn.Module):
         self.g_idx: nn.Parameter | None = frozen(in_features)
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self.perm: torch.Tensor | None = None
+        self.sorted_perm: torch.Tensor | None = None  # order of all K input channels, on ranks that sort before the cut
+        self.cut = "plain"  # how a tensor-parallel slice is taken; see integrations.transformers
 
     def order_rows(self) -> None:
         """Sort the rows by group (stable, 2402.04925 Algorithm 1) and drop `g_idx` where groups come out whole.
@@ -65,6 +67,31 @@ class QuantLinear(nn.Module):
         regular = trivial_g_idx(len(g_idx), max(len(g_idx) // self.scales.shape[0], 1)).to(g_idx.device)
         sorted_g_idx = g_idx[order]
         self.g_idx = None if torch.equal(sorted_g_idx, regular) else nn.Parameter(sorted_g_idx, requires_grad=False)
+
+    def keep_columns(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Keep the output channels of these ranges [start, stop), in order."""
+        index = torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(self.scales.device)
+        zeros = self.layout.unpack_zeros(self.qzeros.data, self.spec.bits)[:, index]
+        self._replace(
+            qweight=self.qweight.data[:, index].contiguous(),
+            qzeros=self.layout.pack_zeros(zeros, self.spec.bits),
+            scales=self.scales.data[:, index].contiguous(),
+            bias=None if self.bias is None else self.bias.data[index],
+        )
+
+    def keep_rows(self, rank: int, size: int) -> None:
+        """Keep one rank's rows of a matrix that `order_rows` has sorted; whole groups, so their scales go along."""
+        assert self.g_idx is None
+        self.sorted_perm, self.perm = self.perm, None
+        self._replace(
+            qweight=self.qweight.data.chunk(size)[rank].clone(),
+            qzeros=self.qzeros.data.chunk(size)[rank].clone() if len(self.qzeros) > 1 else self.qzeros.data,
+            scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
+        )
+
+    def _replace(self, **tensors: torch.Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
@@ -84,6 +111,16 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.spec.bits}-bit, group_size={self.spec.group_size}"
 
 
+def hoist_gather(consumers: Sequence[nn.Module]) -> torch.Tensor | None:
+    """Take the gather out of the matrices that read one activation, if they all ask for the same; returns its order."""
+    perms = [module.perm for module in consumers if isinstance(module, QuantLinear) and module.perm is not None]
+    if not perms or len(perms) < len(consumers) or any(not torch.equal(perm, perms[0]) for perm in perms):
+        return None
+    for module in consumers:
+        module.perm = None
+    return perms[0]
+
+
 class Experts(nn.ModuleDict):
     """The experts of a Mixtral-like block, each with its own gate (w1), up (w3) and down (w2) matrix.
 
@@ -101,6 +138,14 @@ class Experts(nn.ModuleDict):
             }
         )
         self.act_fn = act_fn
+        self.perms: dict[str, torch.Tensor] = {}  # the gather of an expert's input, where gate and up share one
+
+    def hoist_gathers(self) -> None:
+        """One gather of each expert's input instead of one in gate and one in up."""
+        for e, expert in self.items():
+            perm = hoist_gather([expert["w1"], expert["w3"]])
+            if perm is not None:
+                self.perms[e] = perm
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -112,6 +157,8 @@ class Experts(nn.ModuleDict):
             if len(tokens) == 0:
                 continue
             x = hidden_states[tokens]
+            if e in self.perms:
+                x = x[:, self.perms[e]]
             y = expert["w2"](self.act_fn(expert["w1"](x)) * expert["w3"](x))
             out.index_add_(0, tokens, (y * top_k_weights[tokens, slot, None]).to(out.dtype))
         return out

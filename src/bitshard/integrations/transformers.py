@@ -1,0 +1,292 @@
+"""GPTQ checkpoints in transformers: QuantLinear in place of nn.Linear, cut by transformers' own tensor parallelism.
+
+transformers reads each rank's slice of every tensor from disk through DTensor placements; the styles below say which slice
+of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. A style's hooks then
+surround the module's forward. Private names of transformers are used in this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    RowwiseParallel,
+    TensorParallelLayer,
+)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitshard.checkpoint import Checkpoint
+from bitshard.errors import PlanError
+from bitshard.models import mlp_paths
+from bitshard.nn import Experts, QuantLinear, hoist_gather
+from bitshard.parallel import Strategy, gather_permute_chunk
+from bitshard.plan import TPPlan
+
+
+def load(
+    path: Path, tp_size: int = 1, strategy: Strategy = "tp-aware", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model of the checkpoint `path`, 16-bit or GPTQ, ready to generate.
+
+    tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
+    on a CPU and the checkpoint's own elsewhere. Raises PlanError when the degree or the strategy does not fit.
+    """
+    checkpoint = Checkpoint.open(path)
+    config = AutoConfig.from_pretrained(path)
+    if dtype is None:
+        dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
+    if checkpoint.quantization is not None:
+        config.quantization_config = BitshardConfig(str(path), tp_size, strategy).to_dict()
+    if tp_size > 1:
+        require_degree(checkpoint.plan(), tp_size, strategy)
+        plan = None if checkpoint.quantization is None else _tp_plan(checkpoint.plan())
+        kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan=plan or "auto")
+    elif torch.cuda.is_available():
+        kwargs["device_map"] = "cuda"
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+    return model.eval()
+
+
+def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
+    """Raise PlanError unless this strategy can run this model on `tp_size` ranks."""
+    mlp_rows = [name for name in sorted(plan.gathered) if not name.endswith(plan.arch.attention.row)]
+    if strategy == "tp-aware" and mlp_rows:
+        raise PlanError(
+            mlp_rows[0],
+            "an irregular g_idx",
+            "consecutive groups for strategy tp-aware",
+            "run `bitshard convert` first, or choose strategy local-sort",
+        )
+    if strategy == "naive":  # sorted before it is cut, so the cut must fall between groups everywhere
+        plan = TPPlan(plan.arch, plan.sizes, plan.spec_of)
+    plan.require(tp_size)
+
+
+def _tp_plan(plan: TPPlan) -> dict[str, str]:
+    """transformers' tensor-parallel plan: module name with `*` for numbers -> style. Overrides the model's own."""
+    arch, styles = plan.arch, {"lm_head": "bitshard_replicated"}
+    prefix = f"{arch.blocks}.*."
+    for name in arch.attention.column:
+        styles[prefix + name] = "bitshard_column"
+    styles[prefix + arch.attention.row] = "bitshard_row"
+    for columns, row in mlp_paths(arch, plan.sizes)[:1]:
+        for column in columns:
+            styles[prefix + column.replace(".0.", ".*.")] = "bitshard_column"
+        styles[prefix + row.replace(".0.", ".*.")] = "bitshard_partial_row" if arch.mlp.experts else "bitshard_row"
+    if arch.mlp.experts:
+        styles[prefix + arch.mlp.experts.removesuffix(".{e}")] = "moe_tp_experts"
+    return {arch.module_name(name): style for name, style in styles.items()}
+
+
+@register_quantization_config("bitshard")
+class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How to run a checkpoint: where it is, on how many ranks, with which strategy."""
+
+    def __init__(self, path: str, tp_size: int = 1, strategy: Strategy = "tp-aware", **_: Any) -> None:
+        self.quant_method = "bitshard"
+        self.path, self.tp_size, self.strategy = path, tp_size, strategy
+
+
+@register_quantizer("bitshard")
+class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps modules before the weights are read, and puts rows, slices and gathers in order after."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: BitshardConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.checkpoint = Checkpoint.open(Path(quantization_config.path))
+        self.plan = self.checkpoint.plan()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        arch, dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
+        modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
+        with torch.device("meta"):
+            for layer in range(self.plan.sizes.layers if arch.mlp.experts else 0):
+                self._replace_experts(model, layer)
+            for module_name, name in modules.items():
+                parent = model.get_submodule(module_name.rpartition(".")[0])
+                setattr(parent, module_name.rpartition(".")[2], self._quant_linear(name, dtype))
+
+    def _replace_experts(self, model: nn.Module, layer: int) -> None:
+        arch, sizes = self.plan.arch, self.plan.sizes
+        tensors = f"{arch.blocks}.{layer}.{arch.mlp.experts.removesuffix('.{e}')}"
+        name = arch.module_name(tensors)
+        widths = {"w1": (sizes.hidden, sizes.intermediate), "w2": (sizes.intermediate, sizes.hidden)}
+        act_fn = model.get_submodule(name).act_fn
+
+        def make_linear(below: str) -> nn.Module:
+            return nn.Linear(*widths.get(below.rpartition(".")[2], widths["w1"]), bias=False)
+
+        setattr(model.get_submodule(name.rpartition(".")[0]), "experts", Experts(sizes.experts, act_fn, make_linear))
+
+    def _quant_linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
+        spec = self.checkpoint.spec_of(name)
+        assert spec is not None  # it has a qweight
+        shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
+        words, n = shapes[f"{name}.qweight"]
+        linear = QuantLinear(
+            words * 32 // spec.bits, n, spec, self.checkpoint.gptq.layout, f"{name}.bias" in shapes, dtype
+        )
+        if f"{name}.g_idx" not in shapes:
+            linear.g_idx = None
+        linear.cut = self._cut(name)
+        return linear
+
+    def _cut(self, name: str) -> str:
+        """Which way a rank's slice is taken; the styles read it. "gathered": rows in file order, all scales."""
+        below = name.removeprefix(f"{self.plan.arch.blocks}.").partition(".")[2]
+        if name not in self.plan.gathered:
+            fused_mqa = self.plan.arch.attention.fused and below in self.plan.arch.attention.column
+            if fused_mqa:
+                return "after"
+            parts = self.plan.arch.mlp.parts
+            return "parts" if parts > 1 and below in self.plan.arch.mlp.column else "plain"
+        return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
+        for module_name, name in names.items():
+            linear = model.get_submodule(module_name)
+            assert isinstance(linear, QuantLinear)
+            _to_local(linear)
+            if self.quantization_config.tp_size > 1:
+                self._cut_after_loading(name, linear)
+            linear.order_rows()
+        for layer in range(self.plan.sizes.layers):
+            self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
+        return model
+
+    def _cut_after_loading(self, name: str, linear: QuantLinear) -> None:
+        """The two slices that no placement describes: q with a shared k and v, and rows sorted before they are cut."""
+        rank, size = dist.get_rank(), self.quantization_config.tp_size
+        if linear.cut == "after":
+            below = name.removeprefix(f"{self.plan.arch.blocks}.").partition(".")[2]
+            linear.keep_columns(self.plan.columns(below, rank, size))
+        elif linear.cut == "sorted":
+            linear.order_rows()
+            linear.keep_rows(rank, size)
+
+    def _finish_block(self, block: nn.Module) -> None:
+        arch, size = self.plan.arch, self.quantization_config.tp_size
+        attention = block.get_submodule(arch.attention.row.rpartition(".")[0])
+        if size > 1:
+            for attribute in arch.local_attributes:
+                setattr(attention, attribute, getattr(attention, attribute) // size)
+        _hoist(block, arch.attention.norm, arch.attention.column)
+        if arch.mlp.experts:
+            experts = block.get_submodule(arch.module_name(f".{arch.mlp.experts}")[1:].removesuffix(".{e}"))
+            assert isinstance(experts, Experts)
+            experts.hoist_gathers()
+        else:
+            _hoist(block, arch.mlp.norm, arch.mlp.column)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _hoist(block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
+    """One gather of the norm's output instead of one in each matrix that reads it."""
+    perm = hoist_gather([block.get_submodule(name) for name in consumers])
+    if perm is not None:
+        block.get_submodule(norm).register_forward_hook(lambda module, args, out: out[..., perm])
+
+
+def _to_local(linear: QuantLinear) -> None:
+    """This rank's slice as a plain tensor: the op knows no DTensor."""
+    for name, parameter in list(linear.named_parameters(recurse=False)):
+        if isinstance(parameter.data, DTensor) or isinstance(parameter, DTensor):
+            setattr(linear, name, nn.Parameter(parameter.to_local(), requires_grad=False))
+
+
+# dimension that is cut, by tensor; GPTQ's orientation is [K, N]
+COLUMN_DIM = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
+ROW_DIM = {"qweight": 0, "qzeros": 0, "scales": 0, "g_idx": 0}
+
+
+def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    parameter = module._parameters[name]
+    if parameter is not None:
+        sharded = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module._parameters[name] = nn.Parameter(sharded, requires_grad=False)
+
+
+class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
+    """Column-parallel: output channels are cut, the input is replicated. Dense matrices are cut as transformers does."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        if not isinstance(module, QuantLinear):
+            super().shard_param(module, param, mesh)
+            return
+        dim = COLUMN_DIM.get(param)
+        placement: Placement = Replicate()
+        if dim is not None and module.cut != "after":
+            placement = _StridedShard(dim, split_factor=2) if module.cut == "parts" else Shard(dim)
+        _distribute(module, param, mesh, placement)
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        if isinstance(module, QuantLinear):
+            return args, kwargs
+        return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
+
+
+class RowStyle(RowwiseParallel):  # type: ignore[misc]
+    """Row-parallel: input channels are cut, partial outputs are summed by one AllReduce, the bias is added after it."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        if not isinstance(module, QuantLinear):
+            super().shard_param(module, param, mesh)
+            return
+        cut = {"qweight", "g_idx"}
+        if module.cut == "plain" and module.scales.shape[0] > 1:
+            cut |= {"scales", "qzeros"}
+        whole = module.cut == "sorted" or param not in cut
+        _distribute(module, param, mesh, Replicate() if whole else Shard(ROW_DIM[param]))
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        if isinstance(module, QuantLinear):
+            if module.cut == "sorted":
+                assert module.sorted_perm is not None
+                return (gather_permute_chunk(args[0], module.sorted_perm, mesh.get_group()), *args[1:]), kwargs
+            return args, kwargs
+        return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
+
+    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+        if not isinstance(module, QuantLinear):
+            return super().transform_output_post_forward(module, output, mesh)
+        dist.all_reduce(output, group=mesh.get_group())
+        return output if module.bias is None else output + module.bias.to(output.dtype)
+
+
+class PartialRowStyle(RowStyle):
+    """Row-parallel inside an expert: the sum over ranks is taken once, over all experts."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+        return output
+
+
+ALL_PARALLEL_STYLES.register("bitshard_column", ColumnStyle())
+ALL_PARALLEL_STYLES.register("bitshard_row", RowStyle())
+ALL_PARALLEL_STYLES.register("bitshard_partial_row", PartialRowStyle())
+ALL_PARALLEL_STYLES.register("bitshard_replicated", TensorParallelLayer())
