@@ -13,11 +13,13 @@ The AllReduce after W2 is the same in all three. Shape legend: M tokens, K input
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitshard.errors import SpecError
@@ -25,6 +27,7 @@ from bitshard.errors import SpecError
 # torch 2.13 renames it and warns at the old name, which is all that torch 2.11 has
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+Result = TypeVar("Result")
 Strategy = Literal["naive", "local-sort", "tp-aware"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -104,3 +107,22 @@ def _result_bytes(out: Any) -> int:
     if isinstance(out, torch.Tensor):
         return out.numel() * out.element_size()
     return sum(map(_result_bytes, out)) if isinstance(out, (list, tuple)) else 0
+
+
+def launch(tp_size: int, function: Callable[..., Result], *args: Any) -> list[Result]:
+    """Run `function(*args)` on `tp_size` ranks of this machine, as torchrun does, and return their results by rank.
+
+    `function` is importable by name; torch.distributed is initialised by it or by what it calls. Raises RuntimeError's
+    kin ChildFailedError when a rank fails.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=tp_size,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="spawn",
+        max_restarts=0,
+    )
+    results: dict[int, Result] = elastic_launch(config, function)(*args)
+    return [results[rank] for rank in range(tp_size)]

@@ -23,7 +23,6 @@ from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     ColwiseParallel,
     RowwiseParallel,
-    TensorParallelLayer,
 )
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -53,8 +52,7 @@ def load(
         config.quantization_config = BitshardConfig(str(path), tp_size, strategy).to_dict()
     if tp_size > 1:
         require_degree(checkpoint.plan(), tp_size, strategy)
-        plan = None if checkpoint.quantization is None else _tp_plan(checkpoint.plan())
-        kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan=plan or "auto")
+        kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan="auto")
     elif torch.cuda.is_available():
         kwargs["device_map"] = "cuda"
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
@@ -77,9 +75,12 @@ def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
 
 
 def _tp_plan(plan: TPPlan) -> dict[str, str]:
-    """transformers' tensor-parallel plan: module name with `*` for numbers -> style. Overrides the model's own."""
-    arch, styles = plan.arch, {"lm_head": "bitshard_replicated"}
-    prefix = f"{arch.blocks}.*."
+    """transformers' tensor-parallel plan: module name with `*` for numbers -> style.
+
+    It takes the place of the model's own, which also cuts lm_head and so gathers the logits of every token.
+    """
+    arch, prefix = plan.arch, f"{plan.arch.blocks}.*."
+    styles: dict[str, str] = {}
     for name in arch.attention.column:
         styles[prefix + name] = "bitshard_column"
     styles[prefix + arch.attention.row] = "bitshard_row"
@@ -112,7 +113,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         self.checkpoint = Checkpoint.open(Path(quantization_config.path))
         self.plan = self.checkpoint.plan()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         arch, dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
         modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
         with torch.device("meta"):
@@ -121,6 +122,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             for module_name, name in modules.items():
                 parent = model.get_submodule(module_name.rpartition(".")[0])
                 setattr(parent, module_name.rpartition(".")[2], self._quant_linear(name, dtype))
+        model.tp_plan = _tp_plan(self.plan)
 
     def _replace_experts(self, model: nn.Module, layer: int) -> None:
         arch, sizes = self.plan.arch, self.plan.sizes
@@ -289,4 +291,3 @@ class PartialRowStyle(RowStyle):
 ALL_PARALLEL_STYLES.register("bitshard_column", ColumnStyle())
 ALL_PARALLEL_STYLES.register("bitshard_row", RowStyle())
 ALL_PARALLEL_STYLES.register("bitshard_partial_row", PartialRowStyle())
-ALL_PARALLEL_STYLES.register("bitshard_replicated", TensorParallelLayer())
