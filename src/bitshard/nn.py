@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -121,7 +122,7 @@ def hoist_gather(consumers: Sequence[nn.Module]) -> torch.Tensor | None:
     return perms[0]
 
 
-class Experts(nn.ModuleDict):
+class Experts(nn.Module):
     """The experts of a Mixtral-like block, each with its own gate (w1), up (w3) and down (w2) matrix.
 
     transformers holds all experts' weights in two 3-D tensors; low-bit files hold one matrix for each. make_linear: name
@@ -131,18 +132,20 @@ class Experts(nn.ModuleDict):
     def __init__(
         self, num_experts: int, act_fn: Callable[[torch.Tensor], torch.Tensor], make_linear: Callable[[str], nn.Module]
     ) -> None:
-        super().__init__(
-            {
-                str(e): nn.ModuleDict({w: make_linear(f"{e}.{w}") for w in ("w1", "w3", "w2")})
-                for e in range(num_experts)
-            }
-        )
+        super().__init__()
+        self.num_experts = num_experts
+        for e in range(num_experts):
+            self.add_module(str(e), nn.ModuleDict({w: make_linear(f"{e}.{w}") for w in ("w1", "w3", "w2")}))
         self.act_fn = act_fn
-        self.perms: dict[str, torch.Tensor] = {}  # the gather of an expert's input, where gate and up share one
+        self.perms: dict[int, torch.Tensor] = {}  # the gather of an expert's input, where gate and up share one
+
+    def _experts(self) -> Iterator[tuple[int, nn.ModuleDict]]:
+        for e in range(self.num_experts):
+            yield e, cast(nn.ModuleDict, self.get_submodule(str(e)))
 
     def hoist_gathers(self) -> None:
         """One gather of each expert's input instead of one in gate and one in up."""
-        for e, expert in self.items():
+        for e, expert in self._experts():
             perm = hoist_gather([expert["w1"], expert["w3"]])
             if perm is not None:
                 self.perms[e] = perm
@@ -152,8 +155,8 @@ class Experts(nn.ModuleDict):
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         out = torch.zeros_like(hidden_states)
-        for e, expert in self.items():
-            tokens, slot = torch.where(top_k_index == int(e))
+        for e, expert in self._experts():
+            tokens, slot = torch.where(top_k_index == e)
             if len(tokens) == 0:
                 continue
             x = hidden_states[tokens]

@@ -122,6 +122,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             for module_name, name in modules.items():
                 parent = model.get_submodule(module_name.rpartition(".")[0])
                 setattr(parent, module_name.rpartition(".")[2], self._quant_linear(name, dtype))
+                parent._is_hf_initialized = True  # else GPT-BigCode's initialiser looks for a dense weight in it
         model.tp_plan = _tp_plan(self.plan)
 
     def _replace_experts(self, model: nn.Module, layer: int) -> None:
