@@ -37,7 +37,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """The quantization section of a GPTQ checkpoint. `overrides`: GPTQModel's `dynamic`, pattern -> settings or None."""
+    """The quantization section of a GPTQ checkpoint. overrides: GPTQModel's `dynamic`, pattern -> settings or None."""
 
     spec: QuantSpec
     layout: GptqLayout
@@ -291,7 +291,9 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             )  # fmt: skip
         raise CheckpointError(str(path), "no .safetensors file", "a safetensors checkpoint", "check the folder")
     elif len(shards) > 1:
-        raise CheckpointError(str(path), f"{len(shards)} shards and no {INDEX}", "one file, or an index", "get the index")
+        raise CheckpointError(
+            str(path), f"{len(shards)} shards and no {INDEX}", "one file, or an index", "get the index"
+        )
     files = {name: shard for shard in shards for name in _names(shard)}
     if index.exists():
         for name, shard in weight_map.items():
@@ -314,7 +316,10 @@ def _names(shard: Path) -> list[str]:
         ) from None
     if version > FORMAT_VERSION:
         raise FormatError(
-            str(shard), f"bitshard format version {version}", f"{FORMAT_VERSION} or older", "upgrade bitshard to read it"
+            str(shard),
+            f"bitshard format version {version}",
+            f"{FORMAT_VERSION} or older",
+            "upgrade bitshard to read it",
         )
     return names
 

@@ -1,9 +1,9 @@
 """`bitshard convert`: a GPTQ checkpoint reordered for tensor parallelism, code for code the same weights.
 
-MLP (2402.04925 Algorithm 3): the order that a down projection's `g_idx` asks for is given to the columns of the matrices
-before it, so that down's groups come out consecutive and nothing is gathered between them. Attention: the same through v
-where the order stays inside each KV group; what does not is left as it is and reported with its cost. Inputs that come
-from the residual stream (q, k, v, gate, up) keep their `g_idx`: a local gather of a replicated activation.
+MLP (2402.04925 Algorithm 3): the order that a down projection's `g_idx` asks for is given to the columns of the
+matrices before it, so that down's groups come out consecutive and nothing is gathered between them. Attention: the same
+through v where the order stays inside each KV group; what does not is left as it is and reported with its cost. Inputs
+that come from the residual stream (q, k, v, gate, up) keep their `g_idx`: a local gather of a replicated activation.
 
 Memory: one decoder block's packed tensors, and one of its matrices unpacked to a byte per code.
 """
@@ -160,7 +160,9 @@ def _pad(edit: BlockEdit, plan: TPPlan, padding: Padding, prefix: str) -> None:
             places = [(q, extra_q), (q + kv, extra_kv), (q + 2 * kv, extra_kv)]
             edit.wider[prefix + arch.attention.column[0]] = places
         else:
-            for column, end, count in zip(arch.attention.column, (q, kv, kv), (extra_q, extra_kv, extra_kv), strict=True):
+            for column, end, count in zip(
+                arch.attention.column, (q, kv, kv), (extra_q, extra_kv, extra_kv), strict=True
+            ):
                 edit.wider[prefix + column] = [(end, count)]
 
 
@@ -225,7 +227,7 @@ def _norm_of(plan: TPPlan, name: str) -> str:
 def _quant_config(
     quantization: QuantConfig, report: ConvertReport, edits: Sequence[BlockEdit], source: Path
 ) -> QuantConfig:
-    """The output's config. A checkpoint in which nothing moved keeps its section, so converting twice changes no byte."""
+    """The output's config. Where nothing moved the section is kept, so converting twice changes no byte."""
     spec = replace(quantization.spec, desc_act=report.desc_act)
     overrides = tuple(
         (pattern, settings and {**settings, **({"desc_act": report.desc_act} if "desc_act" in settings else {})})

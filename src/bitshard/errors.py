@@ -1,11 +1,12 @@
-"""Every way bitshard says no: one base class, five kinds, one sentence shape.
+"""Every way bitshard says no: one base class, six kinds, one sentence shape.
 
-    BitshardError
-    |- SpecError        an option or a specification that cannot hold
-    |- FormatError      a tensor, a packed layout or a config that breaks its format
-    |- CheckpointError  a file or folder that cannot be read or written
-    |- PlanError        a model or tensor-parallel degree that cannot be cut this way
-    |- SolverError      numbers that cannot be quantized
+BitshardError
+|- SpecError        an option or a specification that cannot hold
+|- FormatError      a tensor, a packed layout or a config that breaks its format
+|- CheckpointError  a file or folder that cannot be read or written
+|- PlanError        a model or tensor-parallel degree that cannot be cut this way
+|- SolverError      numbers that cannot be quantized
+|- BenchError       a measurement that cannot be made, or whose check is red
 """
 
 from __future__ import annotations
@@ -40,3 +41,7 @@ class PlanError(BitshardError, ValueError):
 
 class SolverError(BitshardError, RuntimeError):
     """Numbers that cannot be quantized: a Hessian that cannot be factored, a NaN weight."""
+
+
+class BenchError(BitshardError, RuntimeError):
+    """A measurement that cannot be made, or whose check is red: nothing is timed then."""

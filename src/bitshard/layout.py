@@ -113,7 +113,10 @@ def check(name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> No
     for suffix, integer in (("qweight", qweight), ("qzeros", qzeros)):
         if integer.dtype != torch.int32:
             raise FormatError(
-                f"{name}.{suffix}", f"dtype {integer.dtype}", "int32", "pack the file with 32-bit words (pack_dtype int32)"
+                f"{name}.{suffix}",
+                f"dtype {integer.dtype}",
+                "int32",
+                "pack the file with 32-bit words (pack_dtype int32)",
             )
     n = qweight.shape[1] if qweight.dim() == 2 else 0
     k = qweight.shape[0] * 32 // spec.bits if qweight.dim() == 2 else 0

@@ -1,7 +1,7 @@
 """Architectures as data: which matrices a decoder block has, what ties their channels, where the sizes stand.
 
-One table, `ARCHITECTURES`; a new architecture is a new row. Names are those of the checkpoint's tensors, relative to the
-block; `renames` says where the running model keeps them under another name.
+One table, `ARCHITECTURES`; a new architecture is a new row. Names are those of the checkpoint's tensors, relative to
+the block; `renames` says where the running model keeps them under another name.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         "config.json",
         f"model_type {model_type!r}",
         known,
-        "add a row for it to ARCHITECTURES in bitshard/models.py: its block path, its column and row matrices, its norms",
+        "add a row to ARCHITECTURES in bitshard/models.py: its block path, its column and row matrices, its norms",
     )
 
 
@@ -223,9 +223,7 @@ def block_linears(arch: Architecture, sizes: Shapes) -> list[Linear]:
     """Every matrix of a decoder block that low-bit formats quantize, in the order it is used."""
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     widths = (q + 2 * kv,) if arch.attention.fused else (q, kv, kv)
-    linears = [
-        Linear(name, "column", sizes.hidden, n) for name, n in zip(arch.attention.column, widths, strict=True)
-    ]
+    linears = [Linear(name, "column", sizes.hidden, n) for name, n in zip(arch.attention.column, widths, strict=True)]
     linears.append(Linear(arch.attention.row, "row", q, sizes.hidden))
     for columns, row in mlp_paths(arch, sizes):
         width = sizes.intermediate * arch.mlp.parts

@@ -103,7 +103,7 @@ class QuantLinear(nn.Module):
         """x [..., K] -> [..., N]."""
         if self.perm is not None:
             x = x[..., self.perm]
-        y = gptq_linear(
+        y: torch.Tensor = gptq_linear(
             x, self.qweight, self.scales, self.qzeros, self.g_idx, self.spec.bits, self.layout.zeros_version
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -114,18 +114,19 @@ class QuantLinear(nn.Module):
 
 def hoist_gather(consumers: Sequence[nn.Module]) -> torch.Tensor | None:
     """Take the gather out of the matrices that read one activation, if they all ask for the same; returns its order."""
-    perms = [module.perm for module in consumers if isinstance(module, QuantLinear) and module.perm is not None]
+    linears = [module for module in consumers if isinstance(module, QuantLinear)]
+    perms = [linear.perm for linear in linears if linear.perm is not None]
     if not perms or len(perms) < len(consumers) or any(not torch.equal(perm, perms[0]) for perm in perms):
         return None
-    for module in consumers:
-        module.perm = None
+    for linear in linears:
+        linear.perm = None
     return perms[0]
 
 
 class Experts(nn.Module):
     """The experts of a Mixtral-like block, each with its own gate (w1), up (w3) and down (w2) matrix.
 
-    transformers holds all experts' weights in two 3-D tensors; low-bit files hold one matrix for each. make_linear: name
+    transformers holds all experts' weights in two 3-D tensors; low-bit files hold a matrix for each. make_linear: name
     below the experts ("3.w1") -> module. Same call as transformers' MixtralExperts.
     """
 

@@ -209,4 +209,3 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
         "degrees " + ", ".join(map(str, plan.legal_degrees())),
         "choose a legal degree",
     )
-

@@ -20,7 +20,7 @@ def trivial_g_idx(in_features: int, group: int) -> torch.Tensor:
 
 
 def insert(tensor: torch.Tensor, places: Sequence[tuple[int, int]], value: float) -> torch.Tensor:
-    """Entries of `value` inserted along the last dimension: (position in the old tensor, how many), positions rising."""
+    """Entries of `value` put into the last dimension: (position in the old tensor, how many), positions rising."""
     pieces, start = [], 0
     for position, count in places:
         pieces += [tensor[..., start:position], tensor.new_full((*tensor.shape[:-1], count), value)]

@@ -1,7 +1,7 @@
 """Orders that cost nothing at run time: which channels may trade places, and which order a GPTQ file asks for.
 
-A row-parallel matrix with an irregular `g_idx` wants its input channels sorted by group (2402.04925, Algorithm 1). Those
-channels are the output channels of the column-parallel matrices before it, so they can be produced in that order.
+A row-parallel matrix with an irregular `g_idx` wants its input channels sorted by group (2402.04925, Algorithm 1).
+Those channels are the output channels of the column-parallel matrices before it, so they can be produced in that order.
 All permutations here are `perm[new] = old`.
 """
 

@@ -1,15 +1,15 @@
 """GPTQ checkpoints in transformers: QuantLinear in place of nn.Linear, cut by transformers' own tensor parallelism.
 
-transformers reads each rank's slice of every tensor from disk through DTensor placements; the styles below say which slice
-of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. A style's hooks then
-surround the module's forward. Private names of transformers are used in this file alone.
+transformers reads each rank's slice of every tensor from disk through DTensor placements; the styles below say which
+slice of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. A style's
+hooks then surround the module's forward. Private names of transformers are used in this file alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -130,12 +130,13 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         tensors = f"{arch.blocks}.{layer}.{arch.mlp.experts.removesuffix('.{e}')}"
         name = arch.module_name(tensors)
         widths = {"w1": (sizes.hidden, sizes.intermediate), "w2": (sizes.intermediate, sizes.hidden)}
-        act_fn = model.get_submodule(name).act_fn
+        act_fn = cast(nn.Module, model.get_submodule(name).act_fn)
 
         def make_linear(below: str) -> nn.Module:
             return nn.Linear(*widths.get(below.rpartition(".")[2], widths["w1"]), bias=False)
 
-        setattr(model.get_submodule(name.rpartition(".")[0]), "experts", Experts(sizes.experts, act_fn, make_linear))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Experts(sizes.experts, act_fn, make_linear))
 
     def _quant_linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
         spec = self.checkpoint.spec_of(name)
@@ -219,7 +220,7 @@ def _hoist(block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
 def _to_local(linear: QuantLinear) -> None:
     """This rank's slice as a plain tensor: the op knows no DTensor."""
     for name, parameter in list(linear.named_parameters(recurse=False)):
-        if isinstance(parameter.data, DTensor) or isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor):
             setattr(linear, name, nn.Parameter(parameter.to_local(), requires_grad=False))
 
 
@@ -236,7 +237,7 @@ def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Place
 
 
 class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
-    """Column-parallel: output channels are cut, the input is replicated. Dense matrices are cut as transformers does."""
+    """Column-parallel: output channels are cut, the input is replicated. Dense matrices are cut by transformers."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         if not isinstance(module, QuantLinear):

@@ -2,8 +2,8 @@
 
     y[..., n] = sum_k x[..., k] * (code[k, n] - zero[g[k], n]) * scale[g[k], n]
 
-x float [..., K]; qweight, qzeros int32 and scales float as in layout.GptqLayout; g_idx int32 [K], or None when groups are
-consecutive and of equal length, which lets a kernel read every scale in order. Output [..., N] in x's dtype.
+x float [..., K]; qweight, qzeros int32 and scales float as in layout.GptqLayout; g_idx int32 [K], or None when groups
+are consecutive and of equal length, which lets a kernel read every scale in order. Output [..., N] in x's dtype.
 """
 
 from __future__ import annotations
