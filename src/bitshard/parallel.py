@@ -1,12 +1,12 @@
 """Tensor parallelism of column-parallel then row-parallel matrices: three strategies, and what they send.
 
-A row-parallel matrix whose `g_idx` is irregular wants its input channels in another order than its neighbours made them.
+A row-parallel matrix W2 whose `g_idx` is irregular wants its input channels in another order than W1 made them.
 
-| strategy   | offline                                | on every call                                    | source |
-|------------|----------------------------------------|--------------------------------------------------|--------|
-| naive      | sort W2's rows, cut                    | AllGather, permute, chunk, W2, AllReduce         | 2402.04925 Algorithm 2 |
-| local-sort | cut W2's rows, sort inside each rank   | permute locally, W2 with all scales, AllReduce   | vLLM <= 0.29, SGLang |
-| tp-aware   | sort W2's rows and W1's columns, cut   | W2, AllReduce                                    | 2402.04925 Algorithm 3 |
+| strategy   | offline                              | on every call                             | source              |
+|------------|--------------------------------------|-------------------------------------------|---------------------|
+| naive      | sort W2's rows, cut                  | AllGather, permute, chunk, W2, AllReduce  | 2402.04925 Alg. 2   |
+| local-sort | cut W2's rows, sort inside each rank | permute locally, W2, all scales, AllReduce | vLLM<=0.29, SGLang  |
+| tp-aware   | sort W2's rows and W1's columns, cut | W2, AllReduce                             | 2402.04925 Alg. 3   |
 
 The AllReduce after W2 is the same in all three. Shape legend: M tokens, K input channels, P ranks.
 """
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitshard.errors import SpecError
+from bitshard.errors import PlanError, SpecError
+from bitshard.reorder import mlp_order
 
 # torch 2.13 renames it and warns at the old name, which is all that torch 2.11 has
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,7 +36,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 def parse_strategy(name: str) -> Strategy:
     if name not in STRATEGIES:
         raise SpecError("strategy", repr(name), ", ".join(STRATEGIES), "choose one of these")
-    return cast(Strategy, name)
+    return name
 
 
 def gather_permute_chunk(
@@ -47,6 +48,73 @@ def gather_permute_chunk(
     all_gather(gathered_PMK.view(-1, *x_local.shape[1:]), x_local.contiguous(), group=group)
     x = gathered_PMK.movedim(0, -2).flatten(-2)
     return x[..., perm_K].chunk(size, dim=-1)[dist.get_rank(group)]
+
+
+class Matrix(Protocol):
+    """What cutting asks of a [K, N] weight, such as QuantizedWeight. g_idx_K: the group of each input channel."""
+
+    @property
+    def g_idx_K(self) -> torch.Tensor: ...
+    @property
+    def group(self) -> int: ...
+    def permute_rows(self, perm_K: torch.Tensor) -> Self: ...
+    def permute_columns(self, perm_N: torch.Tensor) -> Self: ...
+    def renumber_groups(self) -> Self: ...
+
+
+MatrixT = TypeVar("MatrixT", bound=Matrix)
+
+
+@dataclass(frozen=True)
+class MlpShard(Generic[MatrixT]):
+    """One rank's part of an MLP. gather_K: the order of all of the row matrix's input channels, for naive only."""
+
+    columns: tuple[MatrixT, ...]
+    row: MatrixT
+    gather_K: torch.Tensor | None
+
+
+def shard_mlp(
+    columns: tuple[MatrixT, ...], row: MatrixT, strategy: Strategy, rank: int, size: int
+) -> MlpShard[MatrixT]:
+    """The offline half of a strategy for one MLP: column-parallel matrices (one, or gate and up), then a row-parallel.
+
+    A rank's row matrix is left for its kernel to sort by its own `g_idx` (QuantLinear.order_rows): local-sort's sort is
+    that one, and the others leave nothing to do. The row matrix has no bias: it is added once, after the AllReduce.
+    Raises PlanError when the cut splits a group, except for local-sort, whose ranks hold all scales.
+    """
+    k = len(row.g_idx_K)
+    unit = 1 if strategy == "local-sort" or row.group == k else row.group
+    if k % (size * unit):
+        raise PlanError(
+            f"MLP row matrix, strategy {strategy}",
+            f"{k} input channels on {size} ranks",
+            f"a multiple of {unit} channels on each rank",
+            "choose fewer ranks, or quantize with a smaller group_size",
+        )
+    mine = slice(rank * k // size, (rank + 1) * k // size)
+    order, file_order = mlp_order(row.g_idx_K), torch.arange(k)
+    row_local = row.permute_rows((file_order if strategy == "local-sort" else order)[mine])
+    columns_order = (order if strategy == "tp-aware" else file_order)[mine]
+    return MlpShard(
+        columns=tuple(column.permute_columns(columns_order) for column in columns),
+        row=row_local if strategy == "local-sort" else row_local.renumber_groups(),
+        gather_K=order if strategy == "naive" else None,
+    )
+
+
+def row_parallel(
+    x_local: torch.Tensor,
+    linear: Callable[[torch.Tensor], torch.Tensor],
+    gather_K: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The half of a strategy that runs on every call: [M, K/P] on each rank -> [M, N], the sum over ranks, on each."""
+    if gather_K is not None:
+        x_local = gather_permute_chunk(x_local, gather_K, group)
+    y = linear(x_local)
+    dist.all_reduce(y, group=group)
+    return y
 
 
 @dataclass
@@ -84,12 +152,12 @@ COLLECTIVES = {
 }
 
 
-class count_collectives(TorchDispatchMode):  # noqa: N801 - used as a context manager
+class count_collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`with count_collectives() as traffic:` fills a Traffic with every collective this rank takes part in."""
 
-    def __enter__(self) -> Traffic:  # type: ignore[override]
+    def __enter__(self) -> Traffic:
         self.traffic = Traffic()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self.traffic
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
