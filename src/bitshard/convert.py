@@ -12,58 +12,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitshard.checkpoint import Checkpoint, QuantConfig, Writer
+from bitshard.edit import BlockEdit
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.models import mlp_paths, value_columns
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
-from bitshard.quantized import QuantizedWeight, insert
 from bitshard.reorder import attention_order, is_identity, mlp_order, tile_parts, value_columns_order
 
 OUTSIDE = "outside the blocks"
-
-
-@dataclass
-class BlockEdit:
-    """What happens to the matrices of one decoder block, by full name. Reordering comes before padding."""
-
-    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # order of the output channels, perm[new] = old
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)  # order of the input channels
-    wider: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # zero output channels: (position, count)
-    longer: dict[str, int] = field(default_factory=dict)  # zero input channels at the end
-    kept: list[str] = field(default_factory=list)  # row matrices whose g_idx stays irregular
-
-    def touches(self, name: str) -> bool:
-        return any(name in edits for edits in (self.columns, self.rows, self.wider, self.longer))
-
-    def apply(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
-        if name in self.rows:
-            weight = weight.permute_rows(self.rows[name]).renumber_groups()
-        if name in self.columns:
-            weight = weight.permute_columns(self.columns[name])
-        if name in self.wider:
-            weight = weight.insert_columns(self.wider[name])
-        return weight.append_rows(self.longer[name]) if name in self.longer else weight
-
-    def apply_dense(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same for a matrix that stays 16-bit: weight [N, K], bias [N]."""
-        weight_KN = tensors["weight"].T
-        out = dict(tensors)
-        if name in self.rows:
-            weight_KN = weight_KN[self.rows[name]]
-        if name in self.longer:
-            weight_KN = insert(weight_KN.T, [(weight_KN.shape[0], self.longer[name])], 0).T
-        columns = self.columns.get(name, slice(None))
-        out["weight"] = insert(weight_KN[:, columns], self.wider.get(name, []), 0).T.contiguous()
-        if "bias" in tensors:
-            out["bias"] = insert(tensors["bias"][columns], self.wider.get(name, []), 0)
-        return out
 
 
 @dataclass(frozen=True)
@@ -97,7 +60,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     shards = [OUTSIDE, *(f"block {i}" for i in blocks)]
     task = {"verb": "convert", "source": checkpoint.fingerprint(), "pad_to": pad_to, "version": FORMAT_VERSION}
     writer = Writer(out, shards, task)
-    edits = [_block_edit(checkpoint, plan, layer, padding) for layer in blocks]
+    edits = [block_edit(checkpoint, plan, layer, padding) for layer in blocks]
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, checkpoint.read(checkpoint.names_outside_blocks()))
     for layer in progress(blocks, "converting"):
@@ -109,7 +72,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     return report
 
 
-def _block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Padding | None) -> BlockEdit:
+def block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Padding | None) -> BlockEdit:
     edit, prefix = BlockEdit(), f"{plan.arch.blocks}.{layer}."
     for columns, row in mlp_paths(plan.arch, plan.sizes):
         name = prefix + row
@@ -130,7 +93,7 @@ def _block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Paddi
             edit.rows[o_proj] = order
             _order_values(edit, plan, prefix, order)
     if padding:
-        _pad(edit, plan, padding, prefix)
+        edit.pad(plan, padding, prefix)
     return edit
 
 
@@ -140,30 +103,6 @@ def _order_values(edit: BlockEdit, plan: TPPlan, prefix: str, order_K: torch.Ten
     columns = value_columns_order(order_K, plan.sizes, starts, width)
     if not is_identity(columns):
         edit.columns[prefix + name] = columns
-
-
-def _pad(edit: BlockEdit, plan: TPPlan, padding: Padding, prefix: str) -> None:
-    arch, sizes = plan.arch, plan.sizes
-    extra = padding.intermediate - sizes.intermediate
-    if extra:
-        for columns, row in mlp_paths(arch, sizes):
-            edit.longer[prefix + row] = extra
-            for column in columns:
-                ends = [(part + 1) * sizes.intermediate for part in range(arch.mlp.parts)]
-                edit.wider[prefix + column] = [(end, extra) for end in ends]
-    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    extra_q = (padding.heads - sizes.heads) * sizes.head_dim
-    extra_kv = (padding.kv_heads - sizes.kv_heads) * sizes.head_dim
-    if extra_q:
-        edit.longer[prefix + arch.attention.row] = extra_q
-        if arch.attention.fused:
-            places = [(q, extra_q), (q + kv, extra_kv), (q + 2 * kv, extra_kv)]
-            edit.wider[prefix + arch.attention.column[0]] = places
-        else:
-            for column, end, count in zip(
-                arch.attention.column, (q, kv, kv), (extra_q, extra_kv, extra_kv), strict=True
-            ):
-                edit.wider[prefix + column] = [(end, count)]
 
 
 def _converted_block(checkpoint: Checkpoint, layer: int, edit: BlockEdit) -> dict[str, torch.Tensor]:

