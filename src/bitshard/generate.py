@@ -1,0 +1,116 @@
+"""`bitshard generate`: text from a checkpoint on one rank or several, and what each token sends between them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, TextStreamer
+
+from bitshard.checkpoint import Checkpoint
+from bitshard.errors import CheckpointError, SpecError
+from bitshard.integrations.transformers import load, require_degree
+from bitshard.parallel import Strategy, Traffic, count_collectives, launch
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """temperature 0 is greedy. chat: wrap the prompt in the tokenizer's chat template if it has one."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = True
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise SpecError("max_new_tokens", str(self.max_new_tokens), "1 or more", "ask for at least one token")
+        if self.temperature < 0:
+            raise SpecError("temperature", str(self.temperature), "0 or more", "choose 0 for greedy decoding")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The new text, and the measurements of the run on rank 0. traffic: collectives of one decoded token."""
+
+    text: str
+    token_ids: list[int]
+    tp_size: int
+    strategy: Strategy
+    seconds: float
+    tokens_per_second: float
+    traffic: Traffic
+    weight_bytes_per_rank: int
+
+
+def generate(
+    path: Path, prompt: str, options: GenerateOptions, tp_size: int = 1, strategy: Strategy = "tp-aware"
+) -> Generation:
+    """Continue `prompt` with the checkpoint `path` on `tp_size` ranks.
+
+    Inside a torchrun job of that size this process is one of its ranks; otherwise the ranks are started here.
+    Raises PlanError when the degree or strategy does not fit, before any rank starts.
+    """
+    checkpoint = Checkpoint.open(path)
+    if tp_size > 1:
+        require_degree(checkpoint.plan(), tp_size, strategy)
+    if tp_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return _run(path, prompt, options, tp_size, strategy)
+    return launch(tp_size, _run, path, prompt, options, tp_size, strategy)[0]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; CheckpointError when it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(path), f"no usable tokenizer ({type(error).__name__})", "tokenizer.json beside the weights", "copy it there"
+        ) from None
+
+
+def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strategy: Strategy) -> Generation:
+    if tp_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
+    tokenizer = load_tokenizer(path)
+    model = load(path, tp_size, strategy)
+    inputs = _encode(tokenizer, prompt, options.chat).to(model.device)
+    torch.manual_seed(options.seed)  # the same on every rank, so that they all draw the same tokens
+    first_rank = not dist.is_initialized() or dist.get_rank() == 0
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=options.max_new_tokens,
+            streamer=streamer if options.stream and first_rank else None,
+        )
+        seconds = time.perf_counter() - start
+        with count_collectives() as traffic:
+            model(ids[:, -1:])
+    new_ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return Generation(
+        text=tokenizer.decode(new_ids, skip_special_tokens=True),
+        token_ids=new_ids,
+        tp_size=tp_size,
+        strategy=strategy,
+        seconds=seconds,
+        tokens_per_second=len(new_ids) / seconds,
+        traffic=traffic,
+        weight_bytes_per_rank=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer(prompt, return_tensors="pt")
