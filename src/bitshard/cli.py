@@ -1,0 +1,335 @@
+"""The command line: arguments in, one library call, a table or JSON out. Exit codes: 0 done, 1 failed, 2 usage.
+
+Results go to stdout, progress and errors to stderr. Every command imports what it needs itself, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from bitshard.errors import BitshardError
+
+if TYPE_CHECKING:
+    from bitshard.inspection import Inspection, MatrixInfo
+    from bitshard.planning import ModelPlan
+
+T = TypeVar("T")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
+app.add_typer(bench_app, name="bench")
+out_console, err_console = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Strategy = Annotated[str, typer.Option(help="How ranks meet: naive, local-sort or tp-aware.")]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: how many ranks to start.")]
+
+
+def main() -> None:
+    """Entry point: errors the user can act on become one sentence and exit code 1."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars, once for each rank
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except BitshardError as error:
+        _fail(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; finished shards are kept: run the same command again to go on")
+
+
+def _fail(sentence: str) -> None:
+    print(f"bitshard: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
+    """A bar with time left on stderr; see bitshard.progress.Progress."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Bars(*columns, TimeRemainingColumn(), console=err_console) as bars:
+        yield from bars.track(items, description=label)
+
+
+def _emit(result: Any, as_json: bool, *renderables: Any) -> None:
+    """A dataclass as JSON, or what stands for it in a terminal."""
+    if as_json:
+        value = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+        print(json.dumps(value, indent=1))
+    else:
+        for renderable in renderables:
+            out_console.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
+
+
+def _facts(title: str, facts: Mapping[str, object]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="16-bit HF folder, .gguf file or hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    format: Annotated[str, typer.Option(help="Format of the output.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 for all.")] = 128,
+    desc_act: Annotated[bool, typer.Option("--desc-act", help="Group channels by falling sensitivity.")] = False,
+    static_groups: Annotated[bool, typer.Option("--static-groups", help="Fix groups in natural order first.")] = False,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point in the middle, or anywhere.")] = True,
+    calibration: Annotated[Path | None, typer.Option(help="Text, or JSON lines with `text`.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
+    seed: Annotated[int, typer.Option(help="0: the first segments; else a random choice.")] = 0,
+    pad_to: Annotated[int | None, typer.Option(help="Zero-pad until this degree is legal; 1 for odd sizes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a 16-bit model to GPTQ, one decoder block in memory; an interrupted run goes on where it stopped."""
+    from bitshard.errors import SpecError
+    from bitshard.pipeline import Calibration
+    from bitshard.pipeline import quantize as run
+    from bitshard.spec import QuantSpec
+
+    if format != "gptq":
+        raise SpecError("--format", repr(format), "'gptq'", "choose it")
+    spec = QuantSpec(bits, group_size, sym, desc_act, static_groups)
+    report = run(model, out, spec, Calibration(calibration, samples, length, seed), pad_to, _progress)
+    worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
+    table = Table(title=f"{out}: {len(report.matrices)} matrices, the worst five", title_justify="left")
+    table.add_column("matrix", overflow="fold")
+    table.add_column("relative output error", justify="right")
+    for matrix in worst:
+        table.add_row(matrix.name, f"{matrix.relative_error:.2e}")
+    notes = [f"no calibration token reached {name}: rounded without feedback" for name in report.unseen]
+    _emit(report, as_json, table, *notes, f"next: bitshard convert {out} {out}-tp")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="GPTQ folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    pad_to: Annotated[int | None, typer.Option(help="Zero-pad until this degree is legal.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Reorder a GPTQ checkpoint for tensor parallelism: the same codes, no gather inside the MLP."""
+    from bitshard.convert import convert as run
+    from bitshard.sources import resolve
+
+    report = run(resolve(checkpoint), out, pad_to, _progress)
+    kept = list(report.kept.items())
+    facts: dict[str, object] = {
+        "MLPs reordered": report.mlps_reordered,
+        "attentions reordered": report.attentions_reordered,
+        "legal TP degrees": ", ".join(map(str, report.degrees)),
+        "gathers of a norm's output": report.input_gathers,
+        "desc_act": report.desc_act,
+    }
+    if report.padded:
+        facts["padded to"] = ", ".join(f"{k} {v}" for k, v in report.padded.items())
+    if kept:
+        cost = ", ".join(f"{_size(b)} at TP {t}" for t, b in kept[0][1].items() if t > 1)
+        facts["keep a local order"] = f"{len(kept)} output projections, {kept[0][0]} and so on"
+        facts["its cost, each, per rank"] = f"{cost or 'none at TP 1'} of repeated scales and zeros"
+    _emit(report, as_json, _facts(str(out), facts), f"next: bitshard verify {out} --against {checkpoint}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or hub id; config.json is enough.")],
+    bits: Annotated[int, typer.Option(help="Width to plan a 16-bit model with.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Group size to plan a 16-bit model with.")] = 128,
+    pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,
+    gb_per_s: Annotated[float | None, typer.Option(help="Memory bandwidth of one device, for the time floor.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A dry run from shapes alone: bits, bytes per rank, legal TP degrees and why the others are not."""
+    from bitshard.planning import plan_model
+    from bitshard.sources import resolve
+    from bitshard.spec import QuantSpec
+
+    report = plan_model(resolve(model), QuantSpec(bits, group_size), pad, gb_per_s)
+    notes = []
+    if report.padding and report.padding_cost is not None:
+        sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
+        notes.append(f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. Do it: convert --pad-to {pad}")
+    if report.gathered:
+        notes.append(f"{len(report.gathered)} row matrices have an irregular g_idx; `bitshard convert` reorders the MLPs'")
+    _emit(report, as_json, _plan_table(report), *notes)
+
+
+def _plan_table(report: ModelPlan) -> Table:
+    title = f"{report.model}: {report.layers} blocks, {report.bits} bits, {report.average_bits:.2f} with scales and zeros"
+    table = Table(title=title, title_justify="left")
+    for column in ("TP", "weights/rank", "floor/token", "AllReduce/token", "why not"):
+        table.add_column(column, justify="right" if column != "why not" else "left", overflow="fold")
+    for degree in report.degrees:
+        if degree.obstacles:
+            more = f" (and {len(degree.obstacles) - 1} more)" if len(degree.obstacles) > 1 else ""
+            table.add_row(str(degree.tp_size), "-", "-", "-", degree.obstacles[0] + more, style="dim")
+        else:
+            floor = "-" if degree.floor_ms is None else f"{degree.floor_ms:.3g} ms"
+            traffic = f"{degree.allreduces} x {_size(degree.allreduce_bytes / max(degree.allreduces, 1))}"
+            table.add_row(str(degree.tp_size), _size(degree.bytes_per_rank or 0), floor, traffic, "legal")
+    return table
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="GPTQ folder or hub id.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Every matrix, not one line for each kind.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint says it is: method, layout, order, sizes, TP degrees, provenance."""
+    from bitshard.inspection import inspect as run
+    from bitshard.sources import resolve
+
+    report = run(resolve(checkpoint))
+    facts = {
+        "model": report.model_type,
+        "method, layout": f"{report.method}, {report.layout} version {report.version}",
+        "zeros": "stored minus one (v1)" if report.zeros_version == 1 else "stored as they are (v2)",
+        "spec": ", ".join(f"{k}={v}" for k, v in report.spec.items()),
+        "average bits": f"{report.average_bits:.3f} with scales, zeros and g_idx",
+        "legal TP degrees": ", ".join(map(str, report.degrees)),
+        **{f"from: {k}": v for k, v in report.provenance.items()},
+    }
+    _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
+
+
+def _matrix_table(report: Inspection, every: bool) -> Table:
+    table = Table()
+    for column in ("matrix", "K x N", "bits", "group", "order", "bits/weight", "count"):
+        table.add_column(column, justify="left" if column == "matrix" else "right", overflow="fold")
+    kinds: dict[tuple[object, ...], list[MatrixInfo]] = {}
+    for m in report.matrices:
+        name = m.name if every else ".".join("*" if part.isdigit() else part for part in m.name.split("."))
+        kinds.setdefault((name, m.in_features, m.out_features, m.bits, m.group_size, m.order), []).append(m)
+    for (name, k, n, bits, group, order), members in kinds.items():
+        average = f"{members[0].average_bits:.3f}"
+        table.add_row(str(name), f"{k} x {n}", str(bits), str(group), str(order), average, str(len(members)))
+    return table
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="GPTQ folder or hub id.")],
+    against: Annotated[str | None, typer.Option(help="The checkpoint it was converted from.")] = None,
+    logits: Annotated[bool, typer.Option(help="Also compare logits, which runs both models.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Check every tensor; with --against, prove that both hold the same weights."""
+    from bitshard.sources import resolve
+    from bitshard.verify import verify as run
+
+    report = run(resolve(checkpoint), resolve(against) if against else None, logits, _progress)
+    lines = [f"{report.matrices} modules in the blocks checked: shapes, groups, scales, zeros"]
+    if report.equal_matrices is not None:
+        lines.append(f"{report.equal_matrices} equal to those of {against}, bit for bit under the permutations")
+    if report.logits_error is not None:
+        lines.append(f"logits differ by {report.logits_error:.1e} of the largest")
+    _emit(report, as_json, *lines)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id, GPTQ or 16-bit.")],
+    text: Annotated[Path, typer.Option(help="Text file to predict.")],
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="How many windows; all that fit if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text, with the context length it was measured at."""
+    from bitshard.evaluate import perplexity
+    from bitshard.sources import resolve
+
+    report = perplexity(resolve(checkpoint), text, context, windows, _progress)
+    line = f"perplexity {report.perplexity:.4f} (context {report.context}, {report.windows} windows, {report.tokens} tokens)"
+    _emit(report, as_json, line)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id, GPTQ or 16-bit.")],
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    tp: Tp = 1,
+    strategy: Strategy = "tp-aware",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Text, streamed to the terminal, on one rank or on T. Under torchrun, this process is one of the ranks."""
+    from bitshard.generate import GenerateOptions
+    from bitshard.generate import generate as run
+    from bitshard.parallel import parse_strategy
+    from bitshard.sources import resolve
+
+    options = GenerateOptions(max_new_tokens, temperature, seed, chat, stream=not as_json)
+    report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    sent = f"{report.traffic.total_calls} collectives and {_size(report.traffic.total_bytes)} per token"
+    err_console.print(f"{report.tokens_per_second:.2f} tokens/s on {tp} rank(s), {sent}", highlight=False)
+    _emit(report, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and the line that installs what is missing."""
+    from bitshard.doctor import examine
+
+    findings = examine()
+    table = Table()
+    for column in ("what", "status", "found", "to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.subject, finding.status, finding.detail, finding.fix)
+    _emit([asdict(finding) for finding in findings], as_json, table)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Argument(help="HF folder, .gguf file or hub id; SmolLM2 if left out.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, demo.json and demo.png.")] = Path("build/demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole way once: quantize with act_order, convert, verify, then one prompt on 1 rank and on several."""
+    from bitshard.demo import demo as run
+    from bitshard.demo import run_label
+
+    report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
+    table = Table(title=f"{report.model}: {report.prompt}", title_justify="left")
+    for column in ("run", "tokens/s", "collectives/token", "bytes/token", "weights/rank"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for one in report.runs:
+        sent = " + ".join(f"{count} {name}" for name, count in one.traffic.calls.items()) or "none"
+        speed, size = f"{one.tokens_per_second:.2f}", _size(one.weight_bytes_per_rank)
+        table.add_row(run_label(one).replace("\n", ", "), speed, sent, _size(one.traffic.total_bytes), size)
+    answer = "all runs gave the same answer" if report.texts_agree else "the runs' answers differ: rounding took over"
+    texts = [f"{run_label(one)}: {one.text}".replace("\n", " ") for one in (report.runs[0], report.runs[-1])]
+    _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")
+
+
+if __name__ == "__main__":
+    main()
