@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from bitshard.planning import ModelPlan
 
 T = TypeVar("T")
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Low-bit language models, ordered so that tensor parallelism costs nothing at run time.
+
+Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
 app.add_typer(bench_app, name="bench")
 out_console, err_console = Console(), Console(stderr=True)
@@ -329,7 +332,3 @@ def demo(
     answer = "all runs gave the same answer" if report.texts_agree else "the runs' answers differ: rounding took over"
     texts = [f"{run_label(one)}: {one.text}".replace("\n", " ") for one in (report.runs[0], report.runs[-1])]
     _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")
-
-
-if __name__ == "__main__":
-    main()

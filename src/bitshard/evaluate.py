@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from bitshard.errors import CheckpointError, SpecError
-from bitshard.generate import load_tokenizer
-from bitshard.integrations.transformers import load
+from bitshard.integrations.transformers import load, load_tokenizer
 from bitshard.progress import Progress, silent
 
 

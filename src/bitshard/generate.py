@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import CheckpointError, SpecError
-from bitshard.integrations.transformers import load, require_degree
+from bitshard.errors import SpecError
+from bitshard.integrations.transformers import load, load_tokenizer, require_degree
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
 
 
@@ -63,16 +63,6 @@ def generate(
     if tp_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return _run(path, prompt, options, tp_size, strategy)
     return launch(tp_size, _run, path, prompt, options, tp_size, strategy)[0]
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; CheckpointError when it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(path), f"no usable tokenizer ({type(error).__name__})", "tokenizer.json beside the weights", "copy it there"
-        ) from None
 
 
 def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strategy: Strategy) -> Generation:

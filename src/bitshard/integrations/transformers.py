@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -28,7 +28,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import PlanError
+from bitshard.errors import CheckpointError, PlanError
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, QuantLinear, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
@@ -57,6 +57,16 @@ def load(
         kwargs["device_map"] = "cuda"
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     return model.eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; CheckpointError when it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(path), f"no usable tokenizer ({type(error).__name__})", "tokenizer.json beside the weights", "copy it there"
+        ) from None
 
 
 def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
