@@ -109,11 +109,16 @@ def row_parallel(
     gather_K: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The half of a strategy that runs on every call: [M, K/P] on each rank -> [M, N], the sum over ranks, on each."""
+    """The half of a strategy that runs on every call: [M, K/P] on each rank -> [M, N], the sum over ranks, on each.
+
+    On one rank there is nothing to gather or to sum: naive is left with its permutation, and no strategy communicates.
+    """
+    alone = dist.get_world_size(group) == 1
     if gather_K is not None:
-        x_local = gather_permute_chunk(x_local, gather_K, group)
+        x_local = x_local[..., gather_K] if alone else gather_permute_chunk(x_local, gather_K, group)
     y = linear(x_local)
-    dist.all_reduce(y, group=group)
+    if not alone:
+        dist.all_reduce(y, group=group)
     return y
 
 
@@ -155,8 +160,11 @@ COLLECTIVES = {
 class count_collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`with count_collectives() as traffic:` fills a Traffic with every collective this rank takes part in."""
 
-    def __enter__(self) -> Traffic:
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.traffic = Traffic()
+
+    def __enter__(self) -> Traffic:
         super().__enter__()  # type: ignore[no-untyped-call]
         return self.traffic
 
@@ -187,6 +195,7 @@ def launch(tp_size: int, function: Callable[..., Result], *args: Any) -> list[Re
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=tp_size,
+        run_id="bitshard",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         start_method="spawn",

@@ -118,10 +118,10 @@ class QuantizedWeight:
         )
 
     def renumber_groups(self) -> QuantizedWeight:
-        """Groups numbered by first appearance; scales and zeros follow. Changes no weight."""
+        """Groups numbered by first appearance, unused ones dropped; scales and zeros follow. Changes no weight."""
         first_seen = list(dict.fromkeys(self.g_idx_K.tolist()))
         order = torch.tensor(first_seen)
-        number = torch.empty_like(order)
+        number = torch.empty(len(self.scales_GN), dtype=torch.int64)
         number[order] = torch.arange(len(first_seen))
         return replace(
             self,
