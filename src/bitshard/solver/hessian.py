@@ -23,7 +23,7 @@ class Hessian:
         self.count += x_TK.shape[0]
 
     def matrix(self) -> torch.Tensor:
-        """H_KK; the identity when nothing was seen (an expert no token reached), which makes the solve plain rounding."""
+        """H_KK; the identity when nothing was seen (an expert no token reached), so that the solve rounds plainly."""
         if self.count == 0:
             return torch.eye(self._sum_KK.shape[0], device=self._sum_KK.device)
         return self._sum_KK / self.count

@@ -1,0 +1,186 @@
+"""A transformers model run one decoder block at a time: only one block's weights are in memory, in float32.
+
+Shape legend: S segments of L tokens, H hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitshard.checkpoint import Checkpoint
+from bitshard.errors import CheckpointError, PlanError
+from bitshard.models import Architecture, Shapes
+from bitshard.nn import Experts
+from bitshard.solver.hessian import Hessian
+
+
+class _Stop(Exception):
+    """Nothing after this point of the block is of interest."""
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here get parameters without memory, and buffers (rotary frequencies) with their values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        on_meta = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, on_meta)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class BlockwiseModel:
+    """Runs calibration segments through a model's decoder blocks.
+
+    Every block gets the arguments (masks, rotary embeddings) that the model itself would pass it: a dry run with blocks
+    that do nothing records them. sizes: with padding in; config_updates: the config.json entries that padding changed.
+    Raises PlanError when transformers cannot build the model.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, sizes: Shapes, config_updates: Mapping[str, Any], device: torch.device
+    ) -> None:
+        self.checkpoint, self.arch, self.device = checkpoint, checkpoint.arch, device
+        self._model: nn.Module | None = _empty_model(checkpoint, config_updates, device)
+        blocks = self._model.get_submodule(self.arch.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = blocks
+        for layer in range(sizes.layers if self.arch.mlp.experts else 0):
+            _separate_experts(self._model, self.arch, sizes, layer)
+        self._arguments: dict[int, tuple[Any, Mapping[str, Any]]] = {}
+
+    @torch.no_grad()
+    def embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
+        """Inputs of the first block, float32 [S, L, H] on the CPU. To be called once, before any block is run.
+
+        Raises CheckpointError for a weight that is missing, here as in `load`.
+        """
+        assert self._model is not None
+        base, prefix, embedded = self._model.base_model, f"{self._model.base_model_prefix}.", []
+        assert isinstance(base, nn.Module)
+        wanted = {prefix + name for name in base.state_dict()}
+        names = [name for name in self.checkpoint.names_outside_blocks() if self.arch.module_name(name) in wanted]
+        self._load(base, self.checkpoint.read(names), prefix, but=self._blocks)
+
+        def record(layer: int) -> Callable[..., torch.Tensor]:
+            def forward(hidden_1LH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if layer == 0:
+                    embedded.append(hidden_1LH.cpu())
+                self._arguments[layer] = args, kwargs
+                return hidden_1LH
+
+            return forward
+
+        for layer, block in enumerate(self._blocks):
+            block.forward = record(layer)
+        for tokens_L in tokens_SL:
+            base(input_ids=tokens_L[None].to(self.device), use_cache=False)
+        for block in self._blocks:
+            del block.forward
+        self._model = None  # frees the embeddings
+        return torch.cat(embedded)
+
+    def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give one block its weights, by full checkpoint name; any float dtype."""
+        self._load(self._blocks[layer], tensors, f"{self.arch.blocks}.{layer}.")
+
+    def unload(self, layer: int) -> None:
+        self._blocks[layer].to("meta")
+
+    def linear(self, layer: int, name: str) -> nn.Linear:
+        """A matrix of a block by its checkpoint name below the block."""
+        module = self._blocks[layer].get_submodule(self.arch.module_name(f".{name}")[1:])
+        assert isinstance(module, nn.Linear)
+        return module
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden_SLH: torch.Tensor) -> torch.Tensor:
+        """The block's outputs, float32 on the CPU."""
+        return torch.cat([self._run_one(layer, hidden_LH).cpu() for hidden_LH in hidden_SLH])
+
+    @torch.no_grad()
+    def hessians(self, layer: int, hidden_SLH: torch.Tensor, inputs_of: Sequence[str]) -> list[Hessian]:
+        """One Hessian for the inputs of each named matrix. With one matrix the block is run only as far as that."""
+        modules = [self.linear(layer, name) for name in inputs_of]
+        hessians = [Hessian(module.in_features, self.device) for module in modules]
+
+        def watch(hessian: Hessian) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                hessian.add(args[0])
+                if len(hessians) == 1:
+                    raise _Stop
+
+            return hook
+
+        handles = [m.register_forward_pre_hook(watch(h)) for m, h in zip(modules, hessians, strict=True)]
+        try:
+            for hidden_LH in hidden_SLH:
+                try:
+                    self._run_one(layer, hidden_LH)
+                except _Stop:
+                    continue
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hessians
+
+    def _run_one(self, layer: int, hidden_LH: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._arguments[layer]
+        out: torch.Tensor = self._blocks[layer](hidden_LH[None].to(self.device), *args, **kwargs)
+        return out
+
+    def _load(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str, but: nn.Module | None = None
+    ) -> None:
+        # a copy even of float32: where a mapped tensor lies, and so the last bit of a product, differs from run to run
+        state = {
+            self.arch.module_name(name).removeprefix(prefix): tensor.to(self.device, torch.float32, copy=True)
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(state, strict=False, assign=True)
+        later = set(but.parameters()) if but else set()
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta and parameter not in later:
+                raise CheckpointError(prefix + name, "no such tensor", "every weight of the model", "get it again")
+
+
+def _empty_model(checkpoint: Checkpoint, config_updates: Mapping[str, Any], device: torch.device) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        for key, value in config_updates.items():
+            setattr(config, key, value)
+        with device, _parameters_on_meta():
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise PlanError(
+            str(checkpoint.path / "config.json"),
+            f"a model that transformers cannot build ({str(error).splitlines()[0]})",
+            "a causal language model that transformers knows without remote code",
+            "use another model, or another version of transformers",
+        ) from None
+    return model.eval()
+
+
+def _separate_experts(model: nn.Module, arch: Architecture, sizes: Shapes, layer: int) -> None:
+    """One linear module for each expert's matrix, where transformers has two 3-D tensors for all."""
+    name = arch.module_name(f"{arch.blocks}.{layer}.{arch.mlp.experts.removesuffix('.{e}')}")
+    parent, _, attribute = name.rpartition(".")
+
+    def make_linear(below: str) -> nn.Module:
+        widths = (sizes.hidden, sizes.intermediate)
+        with torch.device("meta"):
+            return nn.Linear(*(widths if not below.endswith(arch.mlp.row) else widths[::-1]), bias=False)
+
+    act_fn: Any = model.get_submodule(name).act_fn
+    setattr(model.get_submodule(parent), attribute, Experts(sizes.experts, act_fn, make_linear))
