@@ -150,3 +150,10 @@ def _fuse_experts(state: dict[str, torch.Tensor], layers: int, experts: int) -> 
 
 def token_ids(vocab: int, seed: int = 0, shape: tuple[int, int] = (2, 17)) -> torch.Tensor:
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rewrite(folder: Path, changes: dict[str, torch.Tensor]) -> None:
+    """Replace tensors of a one-file checkpoint."""
+    checkpoint = Checkpoint.open(folder)
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.read(checkpoint.files).items()} | changes
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
