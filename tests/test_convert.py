@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, random_weight, rewrite, token_ids, write_gptq
 
 from bitshard.checkpoint import Checkpoint, QuantConfig
 from bitshard.convert import convert
@@ -15,6 +14,7 @@ from bitshard.layout import GptqLayout
 from bitshard.models import architecture, block_linears, mlp_paths, shapes
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
+from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, random_weight, rewrite, token_ids, write_gptq
 
 SYM = QuantSpec(4, 16, sym=True, desc_act=True)
 ASYM3 = QuantSpec(3, 32, sym=False, desc_act=True)
@@ -191,7 +191,9 @@ def chatglm(folder: Path, spec: QuantSpec) -> Path:
     tensors = {"transformer.embedding.word_embeddings.weight": torch.randn(8, 64, generator=generator)}
     for layer in range(2):
         for linear in block_linears(arch, shapes(arch, config)):
-            weight = random_weight(linear.in_features, linear.out_features, spec, generator, bias="query" in linear.name)
+            weight = random_weight(
+                linear.in_features, linear.out_features, spec, generator, bias="query" in linear.name
+            )
             for suffix, tensor in GptqLayout(2).pack(weight).items():
                 tensors[f"transformer.encoder.layers.{layer}.{linear.name}.{suffix}"] = tensor
         tensors[f"transformer.encoder.layers.{layer}.input_layernorm.weight"] = torch.ones(64)

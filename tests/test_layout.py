@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from factory import ASSETS, random_weight
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import FormatError
 from bitshard.layout import GptqLayout
 from bitshard.spec import QuantSpec
+from factory import ASSETS, random_weight
 
 REAL = ASSETS / "gptq-smollm2-4l"
 needs_assets = pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}: the shared assets are not on this machine")

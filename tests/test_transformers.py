@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, token_ids
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
@@ -14,6 +13,7 @@ from bitshard.integrations.transformers import load, require_degree
 from bitshard.nn import QuantLinear
 from bitshard.parallel import STRATEGIES, Strategy, count_collectives, launch
 from bitshard.spec import QuantSpec
+from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, token_ids
 
 SPEC = QuantSpec(4, 16, sym=False, desc_act=True)
 REAL = ASSETS / "gptq-smollm2-4l" / "asym-g32-v2"

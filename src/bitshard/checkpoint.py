@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.models import Architecture, Shapes, architecture, shapes
 from bitshard.plan import TPPlan
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import QuantSpec
+from bitshard.spec import WORD_BITS, QuantSpec
 
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
@@ -214,6 +214,28 @@ class Checkpoint:
         """A quantized matrix's tensors by suffix."""
         names = [f"{module}.{suffix}" for suffix in GptqLayout.suffixes if f"{module}.{suffix}" in self.files]
         return {name.rpartition(".")[2]: tensor for name, tensor in self.read(names).items()}
+
+    def matrix_columns(self, module: str, ranges: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Slices of a quantized matrix's tensors by suffix: the output channels of `ranges`, nothing else is read.
+
+        Ranges [start, stop) begin and end between packed words, as TPPlan makes them.
+        """
+        spec = self.spec_of(module)
+        assert spec is not None  # callers ask for quantized matrices
+        tensors = {}
+        for suffix in GptqLayout.suffixes:
+            name = f"{module}.{suffix}"
+            if name not in self.files:
+                continue
+            with safe_open(self.files[name], "pt") as file:
+                whole = file.get_slice(name)
+                if suffix == "g_idx":
+                    tensors[suffix] = whole[:]
+                    continue
+                bits = spec.bits if suffix == "qzeros" else WORD_BITS  # how much of a word one channel takes
+                places = [slice(a * bits // WORD_BITS, b * bits // WORD_BITS) for a, b in ranges]
+                tensors[suffix] = torch.cat([whole[p] if suffix == "bias" else whole[:, p] for p in places], dim=-1)
+        return tensors
 
     def weight(self, module: str) -> QuantizedWeight:
         """A quantized matrix as a logical value, fully checked."""

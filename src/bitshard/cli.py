@@ -58,7 +58,13 @@ def _fail(sentence: str) -> None:
 
 def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
     """A bar with time left on stderr; see bitshard.progress.Progress."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
     with Bars(*columns, TimeRemainingColumn(), console=err_console) as bars:
         yield from bars.track(items, description=label)
 
@@ -174,14 +180,20 @@ def plan(
     notes = []
     if report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
-        notes.append(f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. Do it: convert --pad-to {pad}")
+        notes.append(
+            f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. Do it: convert --pad-to {pad}"
+        )
     if report.gathered:
-        notes.append(f"{len(report.gathered)} row matrices have an irregular g_idx; `bitshard convert` reorders the MLPs'")
+        notes.append(
+            f"{len(report.gathered)} row matrices have an irregular g_idx; `bitshard convert` reorders the MLPs'"
+        )
     _emit(report, as_json, _plan_table(report), *notes)
 
 
 def _plan_table(report: ModelPlan) -> Table:
-    title = f"{report.model}: {report.layers} blocks, {report.bits} bits, {report.average_bits:.2f} with scales and zeros"
+    title = (
+        f"{report.model}: {report.layers} blocks, {report.bits} bits, {report.average_bits:.2f} with scales and zeros"
+    )
     table = Table(title=title, title_justify="left")
     for column in ("TP", "weights/rank", "floor/token", "AllReduce/token", "why not"):
         table.add_column(column, justify="right" if column != "why not" else "left", overflow="fold")

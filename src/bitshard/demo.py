@@ -1,4 +1,4 @@
-"""`bitshard demo`: the whole way once, on a real model. Quantize with act_order, reorder, prove, generate on 1 and T ranks."""
+"""`bitshard demo`: the whole way once, on a real model: quantize with act_order, reorder, prove, generate on T ranks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def _degree(plan: TPPlan) -> int:
     """The largest degree up to MAX_RANKS that every strategy can run: the cut must fall between groups."""
     degrees = [t for t in replace(plan, gathered=frozenset()).legal_degrees() if t <= MAX_RANKS]
     if degrees == [1]:
-        raise PlanError("model", "no legal tensor-parallel degree but 1", f"one of 2 to {MAX_RANKS}", "see bitshard plan")
+        raise PlanError(
+            "model", "no legal tensor-parallel degree but 1", f"one of 2 to {MAX_RANKS}", "see bitshard plan"
+        )
     return degrees[-1]
 
 

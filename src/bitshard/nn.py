@@ -69,30 +69,25 @@ class QuantLinear(nn.Module):
         sorted_g_idx = g_idx[order]
         self.g_idx = None if torch.equal(sorted_g_idx, regular) else nn.Parameter(sorted_g_idx, requires_grad=False)
 
-    def keep_columns(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Keep the output channels of these ranges [start, stop), in order."""
-        index = torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(self.scales.device)
-        zeros = self.layout.unpack_zeros(self.qzeros.data, self.spec.bits)[:, index]
-        self._replace(
-            qweight=self.qweight.data[:, index].contiguous(),
-            qzeros=self.layout.pack_zeros(zeros, self.spec.bits),
-            scales=self.scales.data[:, index].contiguous(),
-            bias=None if self.bias is None else self.bias.data[index],
-        )
+    def leave_out(self) -> None:
+        """Give up all tensors; `replace` puts a slice of them in their place."""
+        for name in GptqLayout.suffixes:
+            setattr(self, name, None)
 
     def keep_rows(self, rank: int, size: int) -> None:
         """Keep one rank's rows of a matrix that `order_rows` has sorted; whole groups, so their scales go along."""
         assert self.g_idx is None
         self.sorted_perm, self.perm = self.perm, None
-        self._replace(
+        self.replace(
             qweight=self.qweight.data.chunk(size)[rank].clone(),
             qzeros=self.qzeros.data.chunk(size)[rank].clone() if len(self.qzeros) > 1 else self.qzeros.data,
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
-    def _replace(self, **tensors: torch.Tensor | None) -> None:
+    def replace(self, **tensors: torch.Tensor) -> None:
+        """Other tensors under the public names."""
         for name, tensor in tensors.items():
-            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""

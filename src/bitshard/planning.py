@@ -33,7 +33,7 @@ class Degree:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """gathered: row matrices whose `g_idx` is irregular as the file stands. padding: new sizes that make pad_to legal."""
+    """gathered: row matrices whose `g_idx` is irregular as the file is. padding: new sizes that make pad_to legal."""
 
     model: str
     model_type: str
@@ -47,16 +47,16 @@ class ModelPlan:
     padding_cost: float | None
 
 
-def plan_model(
-    path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s: float | None = None
-) -> ModelPlan:
+def plan_model(path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s: float | None = None) -> ModelPlan:
     """Plan a checkpoint folder. A quantized one is planned as it is, any other as if quantized with `spec`.
 
     Only config.json is needed of a 16-bit model. gb_per_s: memory bandwidth of one device, for the floor.
     """
     plan, spec = _plan(path, spec)
     parameters = sum(
-        linear.in_features * linear.out_features for layer in range(plan.sizes.layers) for _, linear in plan.linears(layer)
+        linear.in_features * linear.out_features
+        for layer in range(plan.sizes.layers)
+        for _, linear in plan.linears(layer)
     )
     padding = padding_for(plan, pad_to) if pad_to else None
     cost = None

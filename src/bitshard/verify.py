@@ -37,9 +37,7 @@ class Verification:
     logits_error: float | None
 
 
-def verify(
-    path: Path, against: Path | None = None, logits: bool = True, progress: Progress = silent
-) -> Verification:
+def verify(path: Path, against: Path | None = None, logits: bool = True, progress: Progress = silent) -> Verification:
     """Check every tensor of `path`; with `against`, prove that both hold the same model. Raises FormatError by name."""
     checkpoint = Checkpoint.open(path)
     source = Checkpoint.open(against) if against else None
@@ -101,4 +99,4 @@ def _logits_error(path: Path, against: Path) -> float:
         with torch.no_grad():
             outputs.append(model(ids.to(model.device), use_cache=False).logits.float())
         del model
-    return ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
+    return float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())

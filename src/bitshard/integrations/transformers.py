@@ -7,6 +7,7 @@ hooks then surround the module's forward. Private names of transformers are used
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,10 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            str(path), f"no usable tokenizer ({type(error).__name__})", "tokenizer.json beside the weights", "copy it there"
+            str(path),
+            f"no usable tokenizer ({type(error).__name__})",
+            "tokenizer.json beside the weights",
+            "copy it there",
         ) from None
 
 
@@ -124,15 +128,20 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         self.plan = self.checkpoint.plan()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        arch, dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
+        arch, self.dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
         modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         with torch.device("meta"):
             for layer in range(self.plan.sizes.layers if arch.mlp.experts else 0):
                 self._replace_experts(model, layer)
             for module_name, name in modules.items():
-                parent = model.get_submodule(module_name.rpartition(".")[0])
-                setattr(parent, module_name.rpartition(".")[2], self._quant_linear(name, dtype))
+                parent, linear = model.get_submodule(module_name.rpartition(".")[0]), self._quant_linear(name)
+                setattr(parent, module_name.rpartition(".")[2], linear)
+                if linear.cut == "ours" and self.quantization_config.tp_size > 1:
+                    linear.leave_out()
+                    ignored.add(re.escape(module_name))
                 parent._is_hf_initialized = True  # else GPT-BigCode's initialiser looks for a dense weight in it
+        model._keys_to_ignore_on_load_unexpected = ignored
         model.tp_plan = _tp_plan(self.plan)
 
     def _replace_experts(self, model: nn.Module, layer: int) -> None:
@@ -148,13 +157,13 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Experts(sizes.experts, act_fn, make_linear))
 
-    def _quant_linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
+    def _quant_linear(self, name: str) -> QuantLinear:
         spec = self.checkpoint.spec_of(name)
         assert spec is not None  # it has a qweight
         shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
         words, n = shapes[f"{name}.qweight"]
         linear = QuantLinear(
-            words * 32 // spec.bits, n, spec, self.checkpoint.gptq.layout, f"{name}.bias" in shapes, dtype
+            words * 32 // spec.bits, n, spec, self.checkpoint.gptq.layout, f"{name}.bias" in shapes, self.dtype
         )
         if f"{name}.g_idx" not in shapes:
             linear.g_idx = None
@@ -162,12 +171,15 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         return linear
 
     def _cut(self, name: str) -> str:
-        """Which way a rank's slice is taken; the styles read it. "gathered": rows in file order, all scales."""
+        """Which way a rank's slice is taken; the styles read it.
+
+        "gathered": rows in file order, all scales. "sorted": cut here after sorting. "ours": read here, not by
+        transformers. "parts": each of the vectors that lie side by side is cut.
+        """
         below = name.removeprefix(f"{self.plan.arch.blocks}.").partition(".")[2]
         if name not in self.plan.gathered:
-            fused_mqa = self.plan.arch.attention.fused and below in self.plan.arch.attention.column
-            if fused_mqa:
-                return "after"
+            if self.plan.arch.attention.fused and below in self.plan.arch.attention.column:
+                return "ours"
             parts = self.plan.arch.mlp.parts
             return "parts" if parts > 1 and below in self.plan.arch.mlp.column else "plain"
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
@@ -188,12 +200,17 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
     def _cut_after_loading(self, name: str, linear: QuantLinear) -> None:
         """The two slices that no placement describes: q with a shared k and v, and rows sorted before they are cut."""
         rank, size = dist.get_rank(), self.quantization_config.tp_size
-        if linear.cut == "after":
+        if linear.cut == "ours":
             below = name.removeprefix(f"{self.plan.arch.blocks}.").partition(".")[2]
-            linear.keep_columns(self.plan.columns(below, rank, size))
+            tensors = self.checkpoint.matrix_columns(name, self.plan.columns(below, rank, size))
+            linear.replace(**{suffix: self._placed(tensor) for suffix, tensor in tensors.items()})
         elif linear.cut == "sorted":
             linear.order_rows()
             linear.keep_rows(rank, size)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to("cuda") if torch.cuda.is_available() else tensor
 
     def _finish_block(self, block: nn.Module) -> None:
         arch, size = self.plan.arch, self.quantization_config.tp_size
@@ -255,7 +272,7 @@ class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
             return
         dim = COLUMN_DIM.get(param)
         placement: Placement = Replicate()
-        if dim is not None and module.cut != "after":
+        if dim is not None and module.cut != "ours":
             placement = _StridedShard(dim, split_factor=2) if module.cut == "parts" else Shard(dim)
         _distribute(module, param, mesh, placement)
 
