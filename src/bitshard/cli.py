@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -80,11 +82,19 @@ def _emit(result: Any, as_json: bool, *renderables: Any) -> None:
 
 
 def _facts(title: str, facts: Mapping[str, object]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=title, show_header=False, title_justify="left", box=box.SIMPLE)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, str(value))
+    return table
+
+
+def _columns(title: str | None, *names: str, left: Sequence[str] = ()) -> Table:
+    """A narrow table: numbers to the right, the columns named in `left` to the left."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     return table
 
 
@@ -124,9 +134,8 @@ def quantize(
     spec = QuantSpec(bits, group_size, sym, desc_act, static_groups)
     report = run(model, out, spec, Calibration(calibration, samples, length, seed), pad_to, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
-    table = Table(title=f"{out}: {len(report.matrices)} matrices, the worst five", title_justify="left")
-    table.add_column("matrix", overflow="fold")
-    table.add_column("relative output error", justify="right")
+    title = f"{out}: {len(report.matrices)} matrices, the worst five"
+    table = _columns(title, "matrix", "relative output error", left=["matrix"])
     for matrix in worst:
         table.add_row(matrix.name, f"{matrix.relative_error:.2e}")
     notes = [f"no calibration token reached {name}: rounded without feedback" for name in report.unseen]
@@ -194,17 +203,17 @@ def _plan_table(report: ModelPlan) -> Table:
     title = (
         f"{report.model}: {report.layers} blocks, {report.bits} bits, {report.average_bits:.2f} with scales and zeros"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("TP", "weights/rank", "floor/token", "AllReduce/token", "why not"):
-        table.add_column(column, justify="right" if column != "why not" else "left", overflow="fold")
+    table = _columns(title, "TP", "weights/rank", "floor/token", "AllReduce/token", "legal", left=["legal"])
     for degree in report.degrees:
         if degree.obstacles:
             more = f" (and {len(degree.obstacles) - 1} more)" if len(degree.obstacles) > 1 else ""
-            table.add_row(str(degree.tp_size), "-", "-", "-", degree.obstacles[0] + more, style="dim")
+            table.add_row(
+                str(degree.tp_size), "-", "-", "-", "no: " + _below_block(degree.obstacles[0]) + more, style="dim"
+            )
         else:
             floor = "-" if degree.floor_ms is None else f"{degree.floor_ms:.3g} ms"
             traffic = f"{degree.allreduces} x {_size(degree.allreduce_bytes / max(degree.allreduces, 1))}"
-            table.add_row(str(degree.tp_size), _size(degree.bytes_per_rank or 0), floor, traffic, "legal")
+            table.add_row(str(degree.tp_size), _size(degree.bytes_per_rank or 0), floor, traffic, "yes")
     return table
 
 
@@ -232,17 +241,20 @@ def inspect(
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:
-    table = Table()
-    for column in ("matrix", "K x N", "bits", "group", "order", "bits/weight", "count"):
-        table.add_column(column, justify="left" if column == "matrix" else "right", overflow="fold")
-    kinds: dict[tuple[object, ...], list[MatrixInfo]] = {}
+    table = _columns(None, "matrix", "K x N", "bits", "group", "order", "average", "count", left=["matrix", "order"])
+    kinds: dict[tuple[str, ...], list[MatrixInfo]] = {}
     for m in report.matrices:
-        name = m.name if every else ".".join("*" if part.isdigit() else part for part in m.name.split("."))
-        kinds.setdefault((name, m.in_features, m.out_features, m.bits, m.group_size, m.order), []).append(m)
-    for (name, k, n, bits, group, order), members in kinds.items():
-        average = f"{members[0].average_bits:.3f}"
-        table.add_row(str(name), f"{k} x {n}", str(bits), str(group), str(order), average, str(len(members)))
+        name = m.name if every else re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
+        kind = (name, f"{m.in_features} x {m.out_features}", str(m.bits), str(m.group_size), m.order)
+        kinds.setdefault(kind, []).append(m)
+    for row, members in kinds.items():
+        table.add_row(*row, f"{members[0].average_bits:.3f}", str(len(members)))
     return table
+
+
+def _below_block(name: str) -> str:
+    """A matrix's name without its block's: model.layers.3.mlp.up_proj -> mlp.up_proj."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
 
 
 @app.command()
@@ -278,7 +290,8 @@ def evaluate(
     from bitshard.sources import resolve
 
     report = perplexity(resolve(checkpoint), text, context, windows, _progress)
-    line = f"perplexity {report.perplexity:.4f} (context {report.context}, {report.windows} windows, {report.tokens} tokens)"
+    where = f"context {report.context}, {report.windows} windows, {report.tokens} tokens"
+    line = f"perplexity {report.perplexity:.4f} ({where})"
     _emit(report, as_json, line)
 
 
@@ -315,9 +328,8 @@ def doctor(as_json: Json = False) -> None:
     from bitshard.doctor import examine
 
     findings = examine()
-    table = Table()
-    for column in ("what", "status", "found", "to do"):
-        table.add_column(column, overflow="fold")
+    names = ("what", "status", "found", "to do")
+    table = _columns(None, *names, left=names)
     for finding in findings:
         table.add_row(finding.subject, finding.status, finding.detail, finding.fix)
     _emit([asdict(finding) for finding in findings], as_json, table)
@@ -334,9 +346,8 @@ def demo(
     from bitshard.demo import run_label
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
-    table = Table(title=f"{report.model}: {report.prompt}", title_justify="left")
-    for column in ("run", "tokens/s", "collectives/token", "bytes/token", "weights/rank"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    names = ("run", "tokens/s", "collectives/token", "bytes/token", "weights/rank")
+    table = _columns(f"{report.model}: {report.prompt}", *names, left=["run"])
     for one in report.runs:
         sent = " + ".join(f"{count} {name}" for name, count in one.traffic.calls.items()) or "none"
         speed, size = f"{one.tokens_per_second:.2f}", _size(one.weight_bytes_per_rank)
@@ -344,3 +355,43 @@ def demo(
     answer = "all runs gave the same answer" if report.texts_agree else "the runs' answers differ: rounding took over"
     texts = [f"{run_label(one)}: {one.text}".replace("\n", " ") for one in (report.runs[0], report.runs[-1])]
     _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")
+
+
+@bench_app.command("mlp")
+def bench_mlp(
+    model: Annotated[list[str] | None, typer.Option(help="llama-70b, granite-20b; both if left out.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="dense, gptq; both if left out.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32.")] = None,
+    ranks: Annotated[str, typer.Option(help="Tensor-parallel degrees, separated by commas.")] = "1,2,4,8",
+    tokens: Annotated[str, typer.Option(help="M: rows of the input, separated by commas.")] = "1,2,4,8,16",
+    scale: Annotated[int, typer.Option(help="Divide all sizes by this, for small machines.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 50,
+    out: Annotated[Path | None, typer.Option(help="Write this .json, and a .png beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """An MLP under naive, local-sort and tp-aware tensor parallelism, side by side in one run."""
+    from bitshard.bench.mlp import bench_mlp as run
+    from bitshard.bench.mlp_config import MODELS, WEIGHTS, MlpBench
+
+    config = MlpBench(
+        models=tuple(model or MODELS),
+        weights=tuple(weights or WEIGHTS),
+        dtypes=tuple(dtype or ["fp16"]),
+        ranks=_numbers("--ranks", ranks),
+        tokens=_numbers("--tokens", tokens),
+        scale=scale,
+        device=device,
+        repetitions=repetitions,
+    )
+    report = run(config, out, _progress)
+    if os.environ.get("RANK", "0") == "0":
+        _emit(report.to_dict(), as_json, report.render())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas; anything else is wrong usage."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 1,2,4", param_hint=option) from None

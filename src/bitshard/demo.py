@@ -1,4 +1,4 @@
-"""`bitshard demo`: the whole way once, on a real model: quantize with act_order, reorder, prove, generate on T ranks."""
+"""`bitshard demo`: the whole way once on a real model. Quantize with act_order, reorder, prove, generate on T ranks."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def examine() -> Sequence[Finding]:
     return [
         Finding("python", "ok", platform.python_version()),
         *(_package(name, versions) for name, versions in TESTED.items()),
-        Finding("processor", "ok", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"),
+        Finding(
+            "processor", "ok", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+        ),
         _cuda(),
         _collectives(),
         Finding("kernel for gptq layers", "ok", "reference (plain torch) on every device"),

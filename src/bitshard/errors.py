@@ -1,4 +1,4 @@
-"""Every way bitshard says no: one base class, six kinds, one sentence shape.
+"""Every way bitshard says no: one base class, seven kinds, one sentence shape.
 
 BitshardError
 |- SpecError        an option or a specification that cannot hold
@@ -6,6 +6,7 @@ BitshardError
 |- CheckpointError  a file or folder that cannot be read or written
 |- PlanError        a model or tensor-parallel degree that cannot be cut this way
 |- SolverError      numbers that cannot be quantized
+|- RankError        a rank of a tensor-parallel job that failed
 |- BenchError       a measurement that cannot be made, or whose check is red
 """
 
@@ -37,6 +38,10 @@ class CheckpointError(BitshardError, RuntimeError):
 
 class PlanError(BitshardError, ValueError):
     """An architecture or a tensor-parallel degree that cannot be cut this way."""
+
+
+class RankError(BitshardError, RuntimeError):
+    """A rank of a tensor-parallel job that failed."""
 
 
 class SolverError(BitshardError, RuntimeError):

@@ -102,5 +102,7 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     return tokenizer(prompt, return_tensors="pt")

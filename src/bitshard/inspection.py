@@ -15,7 +15,7 @@ from bitshard.layout import FORMAT_VERSION, GptqLayout
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One matrix; sizes in channels, bytes of all its tensors. order: "consecutive" groups or an "irregular" g_idx."""
+    """One matrix; sizes in channels, bytes of all its tensors. order: "in order" (consecutive groups) or "by g_idx"."""
 
     name: str
     in_features: int
@@ -84,7 +84,7 @@ def _matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
         out_features=n,
         bits=spec.bits,
         group_size=spec.group_size,
-        order="irregular" if irregular else "consecutive",
+        order="by g_idx" if irregular else "in order",
         bytes=size + (4 * k if irregular else 0),
     )
 

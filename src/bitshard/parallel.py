@@ -13,16 +13,18 @@ The AllReduce after W2 is the same in all three. Shape legend: M tokens, K input
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitshard.errors import PlanError, SpecError
+from bitshard.errors import PlanError, RankError, SpecError
 from bitshard.reorder import mlp_order
 
 # torch 2.13 renames it and warns at the old name, which is all that torch 2.11 has
@@ -188,9 +190,10 @@ def _result_bytes(out: Any) -> int:
 def launch(tp_size: int, function: Callable[..., Result], *args: Any) -> list[Result]:
     """Run `function(*args)` on `tp_size` ranks of this machine, as torchrun does, and return their results by rank.
 
-    `function` is importable by name; torch.distributed is initialised by it or by what it calls. Raises RuntimeError's
-    kin ChildFailedError when a rank fails.
+    `function` is importable by name; torch.distributed is initialised by it or by what it calls. Raises RankError, with
+    the rank's own error in it, when one fails.
     """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would print what is raised below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -201,5 +204,13 @@ def launch(tp_size: int, function: Callable[..., Result], *args: Any) -> list[Re
         start_method="spawn",
         max_restarts=0,
     )
-    results: dict[int, Result] = elastic_launch(config, function)(*args)
+    try:
+        results: dict[int, Result] = elastic_launch(config, function)(*args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        details: Any = failure.message
+        message = details["message"] if isinstance(details, dict) else details
+        raise RankError(
+            f"rank {rank} of {tp_size}", message, "ranks that run to the end", "mend that, then run it again"
+        ) from error
     return [results[rank] for rank in range(tp_size)]

@@ -8,11 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from bitshard.bench import report
 from bitshard.bench.mlp_case import measure
@@ -30,7 +28,7 @@ def bench_mlp(config: MlpBench, out: Path | None = None, progress: Progress = si
 
     Starts the ranks itself, or is called on every rank of a torchrun job of the one size in `config.ranks`; then all
     return the same and rank 0 writes. Raises SpecError when the machine has not what `config` asks for, BenchError when
-    a strategy's output or traffic is wrong (that case is not timed then) or a rank fails.
+    a strategy's output or traffic is wrong (that case is not timed then), RankError when a rank fails.
     """
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     _require_machine(config, in_torchrun)
@@ -84,18 +82,7 @@ def _process_group(device: str) -> Iterator[None]:
 
 def _launch(config: MlpBench, size: int, case: Case) -> list[MlpRow]:
     """Measure one case on `size` new processes. A red check, on which all ranks agree, comes back as a value."""
-    try:
-        result = launch(size, _rank, config, case)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        details: Any = failure.message
-        message = details["message"] if isinstance(details, dict) else details
-        raise BenchError(
-            f"{case}, {size} ranks",
-            f"rank {rank} failed: {message}",
-            "ranks that run to the end",
-            "see its traceback above",
-        ) from error
+    result = launch(size, _rank, config, case)[0]
     if isinstance(result, BenchError):
         raise result
     return result

@@ -21,8 +21,8 @@ class Checked:
     """What was found before timing.
 
     error: root mean square of the output against the wide unsharded reference, over that of torch unsharded in the same
-    dtype, on the worst rank. collective_bytes: of the results of all collectives of one call, on each rank. weight_bytes:
-    of the packed tensors, or dense matrices, that each rank holds.
+    dtype, on the worst rank. collective_bytes: of the results of all collectives of one call, on each rank.
+    weight_bytes: of the packed tensors, or dense matrices, that each rank holds.
     """
 
     error: float
