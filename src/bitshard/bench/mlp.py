@@ -16,7 +16,7 @@ from bitshard.bench import report
 from bitshard.bench.mlp_case import measure
 from bitshard.bench.mlp_config import BACKENDS, SPEC, Case, MlpBench
 from bitshard.bench.mlp_report import MlpReport, MlpRow
-from bitshard.errors import BenchError, SpecError
+from bitshard.errors import BenchError, RankError, SpecError
 from bitshard.parallel import launch
 from bitshard.progress import Progress, silent
 
@@ -28,7 +28,7 @@ def bench_mlp(config: MlpBench, out: Path | None = None, progress: Progress = si
 
     Starts the ranks itself, or is called on every rank of a torchrun job of the one size in `config.ranks`; then all
     return the same and rank 0 writes. Raises SpecError when the machine has not what `config` asks for, BenchError when
-    a strategy's output or traffic is wrong (that case is not timed then), RankError when a rank fails.
+    a strategy's output or traffic is wrong (that case is not timed then), RankError when a rank fails or cannot join.
     """
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     _require_machine(config, in_torchrun)
@@ -64,11 +64,12 @@ def _process_group(device: str) -> Iterator[None]:
     """Join the group that torchrun's environment variables describe."""
     backend, rank = BACKENDS[device], os.environ["RANK"]
     try:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=timedelta(minutes=5))
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        dist.init_process_group(backend, timeout=timedelta(minutes=5), device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
-        raise BenchError(
+        raise RankError(
             f"process group, rank {rank} of {os.environ['WORLD_SIZE']}",
             f"{backend} says: {error}",
             f"ranks that reach each other through {backend}",

@@ -104,17 +104,15 @@ class Reference:
     hidden: int
 
 
-def random_g_idx(k: int, generator: torch.Generator) -> torch.Tensor:
-    """An act-order grouping with a random order of the channels, as in the paper: int32 [K]."""
-    return (torch.randperm(k, generator=generator) // SPEC.group_size).to(torch.int32)
-
-
 def random_weight(
     weights: str, k: int, n: int, dtype: torch.dtype, generator: torch.Generator
 ) -> DenseWeight | QuantizedWeight:
-    """A [K, N] matrix whose entries have a variance of about 1/K, so that activations keep their size."""
+    """A [K, N] matrix, act-order with a random order of its channels as in the paper.
+
+    Its entries have a variance of about 1/K, so that activations keep their size.
+    """
     device = generator.device
-    g_idx = random_g_idx(k, torch.Generator().manual_seed(k))
+    g_idx = (torch.randperm(k, generator=generator, device=device) // SPEC.group_size).to("cpu", torch.int32)
     if weights == "dense":
         matrix = torch.randn(k, n, generator=generator, device=device) * k**-0.5
         return DenseWeight(matrix.to(dtype), g_idx, SPEC.group_size)

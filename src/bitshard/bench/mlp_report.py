@@ -118,14 +118,15 @@ class MlpReport:
         for together in self.by_strategy():
             times = {name: row.times for name, row in together.items()}
             first, aware = together["naive"], times["tp-aware"].median
-            cells = [f"{t.median:.3f} [{t.p10:.3f}-{t.p90:.3f}]" for t in times.values()]
+            cells = [f"{t.median:.3g} ±{50 * (t.p90 - t.p10) / t.median:.0f}%" for t in times.values()]
             speedups = [f"{times[name].median / aware:.2f}x" for name in ("naive", "local-sort")]
-            rows.append([str(first.case), str(first.ranks), str(first.tokens), first.mode, *cells, *speedups])
+            name = str(first.case) if first.mode == "eager" else f"{first.case} {first.mode}"
+            rows.append([name, str(first.ranks), str(first.tokens), *cells, *speedups])
         for row in self.paper:
-            cells = [f"{row.naive:.3f}", "-", f"{row.tp_aware:.3f}", f"{row.naive / row.tp_aware:.2f}x", "-"]
-            rows.append([f"{row.model} paper, {row.gpu}, full size", str(row.ranks), str(row.tokens), "-", *cells])
-        columns = ["MLP", "T", "M", "mode", *STRATEGIES, "naive / aware", "local-sort / aware"]
-        title = f"MLP under tensor parallelism, ms: median [10th-90th percentile], sizes / {self.config['scale']}"
+            cells = [f"{row.naive:.3g}", "-", f"{row.tp_aware:.3g}", f"{row.naive / row.tp_aware:.2f}x", "-"]
+            rows.append([f"{row.model} paper {row.gpu} full", str(row.ranks), str(row.tokens), *cells])
+        columns = ["MLP", "T", "M", *STRATEGIES, "naive/aware", "local/aware"]
+        title = f"MLP on T ranks, ms: median ± half of 10th to 90th percentile; sizes / {self.config['scale']}"
         return report.table(title, columns, rows, report.caption(self.header))
 
     def _bytes_table(self) -> Table:
@@ -137,16 +138,16 @@ class MlpReport:
             held = [f"{row.checked.weight_bytes / 1e6:.3f}" for row in together.values()]
             sent = [f"{row.checked.collective_bytes // row.tokens:,}" for row in together.values()]
             rows.append([str(first.case), str(first.ranks), *held, *sent])
-        columns = ["MLP", "T", *(f"{s}, MB" for s in STRATEGIES), *(f"{s}, B/token" for s in STRATEGIES)]
-        note = "bytes of the results of a call's collectives, on each rank"
-        return report.table("Weights held by a rank, and bytes through collectives", columns, rows, note)
+        columns = ["MLP", "T", *(f"{s} MB" for s in STRATEGIES), *(f"{s} B" for s in STRATEGIES)]
+        note = "B: bytes of the results of a call's collectives, on each rank"
+        return report.table("MB of weights on a rank, and B per token through collectives", columns, rows, note)
 
     def write(self, path: Path) -> None:
         """The JSON file `path` and the picture of the same name beside it."""
         report.write_json(path, self.to_dict())
         cases = dict.fromkeys((row.case, row.mode) for row in self.rows)
         panels = [[self._panel(case, mode, ranks) for ranks in self.config["ranks"]] for case, mode in cases]
-        title = f"MLP under tensor parallelism, sizes / {self.config['scale']}"
+        title = f"MLP on T ranks, sizes / {self.config['scale']}"
         report.plot(path.with_suffix(".png"), title, panels, "tokens", report.caption(self.header))
 
     def _panel(self, case: Case, mode: str, ranks: int) -> report.Panel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 import bitshard
@@ -65,10 +66,10 @@ def caption(header: Mapping[str, Any]) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Table:
-    """A rich table; the first column is text, the others are right-aligned."""
-    out = Table(title=title, caption=caption)
+    """A narrow rich table; the first column is text, the others are numbers."""
+    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        out.add_column(column, justify="left" if i == 0 else "right")
+        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out
