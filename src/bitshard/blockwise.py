@@ -180,7 +180,8 @@ def _separate_experts(model: nn.Module, arch: Architecture, sizes: Shapes, layer
     def make_linear(below: str) -> nn.Module:
         widths = (sizes.hidden, sizes.intermediate)
         with torch.device("meta"):
-            return nn.Linear(*(widths if not below.endswith(arch.mlp.row) else widths[::-1]), bias=False)
+            linear = nn.Linear(*(widths if not below.endswith(arch.mlp.row) else widths[::-1]), bias=False)
+        return linear.requires_grad_(False)
 
     act_fn: Any = model.get_submodule(name).act_fn
     setattr(model.get_submodule(parent), attribute, Experts(sizes.experts, act_fn, make_linear))

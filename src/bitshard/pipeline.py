@@ -126,9 +126,16 @@ def quantize(
         **{key: value for key, value in vars(calibration).items() if key != "path"},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = {"verb": "quantize", "source": job.checkpoint.fingerprint(), "spec": vars(spec), "pad_to": pad_to}
-    shards = [OUTSIDE, *map(_shard, range(job.sizes.layers))]
-    writer = Writer(out, shards, task | provenance | {"device": device.type, "version": FORMAT_VERSION})
+    task = {
+        "verb": "quantize",
+        "source": job.checkpoint.fingerprint(),
+        "spec": vars(spec),
+        "pad_to": pad_to,
+        "device": device.type,
+        "provenance": provenance,
+        "version": FORMAT_VERSION,
+    }
+    writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.checkpoint.read(job.checkpoint.names_outside_blocks()))
     report = _quantize_blocks(job, tokens_SL, writer, device, progress)

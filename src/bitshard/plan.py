@@ -13,7 +13,7 @@ from typing import Any
 
 from bitshard.bitpack import packed_length
 from bitshard.errors import PlanError
-from bitshard.models import Architecture, Linear, Shapes, block_linears
+from bitshard.models import Architecture, Linear, Shapes, block_linears, shapes
 from bitshard.spec import QuantSpec, codes_per_pack
 
 CANDIDATE_DEGREES = (*range(1, 17), 24, 32, 48, 64)
@@ -169,8 +169,10 @@ class Padding:
 
     def config_updates(self, arch: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json entries to rewrite."""
-        keys = arch.keys
+        keys, before = arch.keys, shapes(arch, config)
         updates: dict[str, Any] = {keys["intermediate"]: self.intermediate, keys["heads"]: self.heads}
+        if self.heads != before.heads:  # a head's length that is not named would be hidden / heads
+            updates[keys["head_dim"]] = before.head_dim
         if config.get(keys["kv_heads"]) is not None:
             updates[keys["kv_heads"]] = self.kv_heads
         return updates

@@ -55,6 +55,7 @@ class _Grid:
             self.zeros_GN[groups] = torch.round(-low_GN / self.scales_GN[groups]).clamp(0, self.spec.max_code)
 
 
+@torch.no_grad()
 def gptq(
     W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str, damp: float = DAMP
 ) -> tuple[QuantizedWeight, SolveReport]:

@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense import STORIES, stories_model
+
+torch.set_num_threads(1)  # the tests' matrices are tiny: a second thread is only waited for
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained stories260K model as a float32 transformers folder with its tokenizer."""
+    if not STORIES.is_dir():
+        pytest.skip(f"no {STORIES}: the shared assets are not on this machine")
+    return stories_model(tmp_path_factory.mktemp("stories") / "stories260K")
