@@ -346,12 +346,12 @@ def demo(
     from bitshard.demo import run_label
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
-    names = ("run", "tokens/s", "collectives/token", "bytes/token", "weights/rank")
+    names = ("run", "tokens/s", "AllReduce/token", "AllGather/token", "sent/token", "weights/rank")
     table = _columns(f"{report.model}: {report.prompt}", *names, left=["run"])
     for one in report.runs:
-        sent = " + ".join(f"{count} {name}" for name, count in one.traffic.calls.items()) or "none"
-        speed, size = f"{one.tokens_per_second:.2f}", _size(one.weight_bytes_per_rank)
-        table.add_row(run_label(one).replace("\n", ", "), speed, sent, _size(one.traffic.total_bytes), size)
+        calls = [str(one.traffic.calls.get(name, 0)) for name in ("AllReduce", "AllGather")]
+        sizes = _size(one.traffic.total_bytes), _size(one.weight_bytes_per_rank)
+        table.add_row(run_label(one).replace("\n", ", "), f"{one.tokens_per_second:.2f}", *calls, *sizes)
     answer = "all runs gave the same answer" if report.texts_agree else "the runs' answers differ: rounding took over"
     texts = [f"{run_label(one)}: {one.text}".replace("\n", " ") for one in (report.runs[0], report.runs[-1])]
     _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")

