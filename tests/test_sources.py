@@ -99,10 +99,10 @@ def write_gguf(path: Path, model: Path, without: str = "") -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
-    tokens = ["<s>", "</s>", *(chr(c) for c in range(33, 126)), "ab"]
+    tokens = ["<s>", "</s>", *(chr(c) for c in range(33, 125)), "ab", "cd"]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 94)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name in checkpoint.files:
