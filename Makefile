@@ -26,7 +26,7 @@ demo: $(VENV)/demo
 test: install
 	$(BIN)/pytest
 
-test-slow: install
+test-slow: $(VENV)/demo
 	$(BIN)/pytest -m slow
 
 lint: install
