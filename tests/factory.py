@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitshard.checkpoint import Checkpoint, QuantConfig
+from bitshard.checkpoint import Checkpoint
 from bitshard.layout import GptqLayout
 from bitshard.models import architecture, block_linears, shapes
+from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
 from bitshard.spec import QuantSpec
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitshard.checkpoint import Checkpoint, QuantConfig
+from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
 from bitshard.errors import PlanError
 from bitshard.integrations.transformers import load
 from bitshard.layout import GptqLayout
 from bitshard.models import architecture, block_linears, mlp_paths, shapes
+from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
 from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, random_weight, rewrite, token_ids, write_gptq

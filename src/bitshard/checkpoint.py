@@ -1,125 +1,60 @@
-"""Checkpoints on disk: streamed safetensors in and out, the quantization config, atomic replace, resume.
-
-Reading maps files and copies nothing. Writing makes `OUT.partial`, one shard for each decoder block, each under a
-temporary name until it is whole, and renames the folder when the last one is in: OUT exists complete or not at all.
-"""
+"""Checkpoints on disk, read: a folder of safetensors with its config. Maps files and copies nothing."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from bitshard.errors import CheckpointError, FormatError
-from bitshard.layout import FORMAT_VERSION, GptqLayout
-from bitshard.models import Architecture, Shapes, architecture, shapes
+from bitshard.layout import GptqLayout, check_g_idx, check_shapes
+from bitshard.models import Architecture, Linear, Shapes, architecture, shapes
 from bitshard.plan import TPPlan
+from bitshard.quantconfig import QuantConfig, check_version, parse_quant_config
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
 from bitshard.spec import WORD_BITS, QuantSpec
 
 INDEX = "model.safetensors.index.json"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
-REWRITTEN = ("config.json", "quantize_config.json", INDEX)
-OUR_KEYS = (*QuantSpec.__dataclass_fields__, "quant_method", "checkpoint_format", "format", "dynamic", "bitshard")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-@dataclass(frozen=True)
-class QuantConfig:
-    """The quantization section of a GPTQ checkpoint. overrides: GPTQModel's `dynamic`, pattern -> settings or None."""
-
-    spec: QuantSpec
-    layout: GptqLayout
-    overrides: tuple[tuple[str, dict[str, Any] | None], ...] = ()
-    section: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)  # other keys of the file, kept as they are
-
-    def spec_of(self, module: str) -> QuantSpec | None:
-        """Spec of one matrix by name, the first matching override applied; None where an override says 16-bit."""
-        for pattern, settings in self.overrides:
-            if re.match(pattern, module):
-                if settings is None:
-                    return None
-                known = {k: settings[k] for k in QuantSpec.__dataclass_fields__ if k in settings}
-                return QuantSpec(**{**vars(self.spec), **known})
-        return self.spec
-
-    def to_json(self) -> dict[str, Any]:
-        """The `quantization_config` section, in the public format's own keys plus ours under `bitshard`."""
-        format_name = "gptq" if self.layout.zeros_version == 1 else "gptq_v2"
-        dynamic = {("-:" if s is None else "+:") + p: s or {} for p, s in self.overrides}
-        return {
-            "lm_head": False,
-            **self.extra,
-            **vars(self.spec),
-            "quant_method": "gptq",
-            "checkpoint_format": format_name,
-            "format": format_name,
-            "pack_dtype": "int32",
-            **({"dynamic": dynamic} if dynamic else {}),
-            "bitshard": dict(self.section),
-        }
-
-
-def parse_quant_config(section: Mapping[str, Any], where: str) -> QuantConfig:
-    """The reader's half of `QuantConfig.to_json`; understands AutoGPTQ's, GPTQModel's and our own files."""
-    method = section.get("quant_method", section.get("method", "gptq"))
-    if method != "gptq":
-        raise FormatError(where, f"quant_method {method!r}", "'gptq'", "convert the checkpoint to GPTQ first")
-    names = {str(section[key]) for key in ("checkpoint_format", "format") if section.get(key)} or {"gptq"}
-    if len(names) > 1 or not names <= {"gptq", "gptq_v2"}:
-        raise FormatError(
-            where,
-            f"checkpoint_format {' and '.join(sorted(names))}, so the zero-point version is unclear",
-            "'gptq' (zeros stored minus one) or 'gptq_v2' (zeros as they are)",
-            "set checkpoint_format to what the quantizer wrote",
-        )
-    ours = section.get("bitshard", {})
-    version = ours.get("version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise FormatError(
-            where, f"bitshard format version {version}", f"{FORMAT_VERSION} or older", "upgrade bitshard to read it"
-        )
-    if section.get("pack_dtype", "int32") != "int32":
-        raise FormatError(where, f"pack_dtype {section['pack_dtype']!r}", "'int32'", "repack with 32-bit words")
-    overrides = []
-    for pattern, settings in (section.get("dynamic") or {}).items():
-        overrides.append((pattern.removeprefix("+:").removeprefix("-:"), None if pattern[:2] == "-:" else settings))
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is none."""
     try:
-        spec = QuantSpec(
-            bits=section["bits"],
-            group_size=section["group_size"],
-            sym=section.get("sym", True),
-            desc_act=section.get("desc_act", False),
-            static_groups=bool(section.get("static_groups") or section.get("meta", {}).get("static_groups")),
-        )
-    except KeyError as missing:
-        raise FormatError(
-            where, f"no {missing}", "bits and group_size", "add what the quantizer was asked for"
-        ) from None
-    layout = GptqLayout(1 if names == {"gptq"} else 2)
-    return QuantConfig(spec, layout, tuple(overrides), ours, {k: v for k, v in section.items() if k not in OUR_KEYS})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), str(error), "a readable JSON file", "get the file again") from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(str(path), "no such file", "a JSON file", "check the folder's name") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
+        raise CheckpointError(str(path), reason(error), "a readable JSON file", "get the file again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(str(path), "no JSON object", "a JSON object", "get the file again")
+        raise CheckpointError(str(path), f"a JSON {type(value).__name__}", "a JSON object", "get the file again")
     return value
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, without the path that the sentence around it has already."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, and CheckpointError with its name for whatever is wrong with it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            str(path), f"a file that is truncated or altered ({error})", "a whole safetensors file", "get it again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -134,21 +69,23 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read config and names, and check that every file is whole. Raises CheckpointError or FormatError."""
-        if not path.is_dir():
-            raise CheckpointError(str(path), "no such folder", "a checkpoint folder or hub id", "check the name")
-        config = _read_json(path / "config.json")
+        try:
+            os.listdir(path)
+        except OSError as error:
+            raise CheckpointError(str(path), reason(error), "a checkpoint folder or hub id", "check the name") from None
+        config = read_json(path / "config.json")
         files = _tensor_files(path)
         checkpoint = cls(path, config, files, _quantization(path, config))
-        checkpoint._check_matrices()
+        checkpoint._check_names()
         return checkpoint
 
     @property
     def arch(self) -> Architecture:
-        return architecture(self.config)
+        return architecture(self.config, str(self.path / "config.json"))
 
     @property
     def sizes(self) -> Shapes:
-        return shapes(self.arch, self.config)
+        return shapes(self.arch, self.config, str(self.path / "config.json"))
 
     @property
     def gptq(self) -> QuantConfig:
@@ -161,8 +98,12 @@ class Checkpoint:
         return self.quantization
 
     def plan(self) -> TPPlan:
-        """The cuts of this checkpoint, with the row-parallel matrices that keep an irregular `g_idx`."""
+        """The cuts of this checkpoint, with the row-parallel matrices that keep an irregular `g_idx`.
+
+        Raises FormatError when a matrix is missing, has other sizes than config.json gives it, or a broken `g_idx`.
+        """
         uncut = TPPlan(self.arch, self.sizes, self.spec_of)
+        self._check_blocks(uncut)
         rows = [n for i in range(self.sizes.layers) for n, linear in uncut.linears(i) if linear.role == "row"]
         return replace(uncut, gathered=frozenset(filter(self.is_irregular, rows)))
 
@@ -178,34 +119,45 @@ class Checkpoint:
 
     def is_irregular(self, module: str) -> bool:
         """True when the matrix's input channels are not in consecutive groups. Reads `g_idx` alone."""
-        spec = self.spec_of(module)
-        if spec is None or f"{module}.g_idx" not in self.files:
+        g_idx, spec = self.g_idx(module), self.spec_of(module)
+        if spec is None or g_idx is None:
             return False
-        g_idx = self.tensor(f"{module}.g_idx")
         return not torch.equal(g_idx.to(torch.int32), trivial_g_idx(len(g_idx), spec.group(len(g_idx))))
+
+    def g_idx(self, module: str) -> torch.Tensor | None:
+        """The group of each input channel as the file has it, checked; None where the file has none."""
+        spec, name = self.spec_of(module), f"{module}.g_idx"
+        if spec is None or name not in self.files:
+            return None
+        g_idx = self.tensor(name)
+        check_g_idx(self.where(module), g_idx, spec)
+        return g_idx
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, mapped from their files."""
-        tensors = {}
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for name in names:
-                path = self.files.get(name)
-                if path is None:
-                    raise CheckpointError(str(self.path), f"no tensor {name}", "the model's tensors", "get it again")
-                if path not in opened:
-                    opened[path] = stack.enter_context(safe_open(path, "pt"))
-                tensors[name] = opened[path].get_tensor(name)
-        return tensors
+        names = list(names)
+        missing = [name for name in names if name not in self.files]
+        if missing:
+            raise CheckpointError(str(self.path), f"no tensor {missing[0]}", "the model's tensors", "get it again")
+        tensors: dict[str, torch.Tensor] = {}
+        for path, own in self._by_file(names).items():
+            with _opened(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in own}
+        return {name: tensors[name] for name in names}
 
     def shapes(self, names: Iterable[str]) -> dict[str, list[int]]:
         """Shapes of those of the named tensors that exist; reads headers alone."""
-        shapes = {}
-        for name in names:
-            if name in self.files:
-                with safe_open(self.files[name], "pt") as file:
-                    shapes[name] = file.get_slice(name).get_shape()
+        shapes: dict[str, list[int]] = {}
+        for path, own in self._by_file(name for name in names if name in self.files).items():
+            with _opened(path) as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in own}
         return shapes
+
+    def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        return by_file
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.read([name])[name]
@@ -227,7 +179,7 @@ class Checkpoint:
             name = f"{module}.{suffix}"
             if name not in self.files:
                 continue
-            with safe_open(self.files[name], "pt") as file:
+            with _opened(self.files[name]) as file:
                 whole = file.get_slice(name)
                 if suffix == "g_idx":
                     tensors[suffix] = whole[:]
@@ -242,7 +194,22 @@ class Checkpoint:
         spec = self.spec_of(module)
         if spec is None:
             raise FormatError(f"{module}.qweight", "no such tensor", "a quantized matrix", "check the module's name")
-        return self.gptq.layout.unpack(module, self.matrix_tensors(module), spec)
+        return self.gptq.layout.unpack(self.where(module), self.matrix_tensors(module), spec)
+
+    def where(self, module: str) -> str:
+        """A quantized matrix's file and name, for messages."""
+        return f"{self.files[f'{module}.qweight']}: {module}"
+
+    def check_matrices(self) -> None:
+        """Shapes, scales, zeros, groups and biases of every quantized matrix; reads no codes.
+
+        Raises FormatError for what is wrong, and for a checkpoint that is not quantized.
+        """
+        layout = self.gptq.layout
+        for module in self.matrices():
+            spec = self.spec_of(module)
+            assert spec is not None  # or it could not be opened
+            layout.check(self.where(module), self.matrix_tensors(module), spec)
 
     def names_in_block(self, layer: int) -> list[str]:
         prefix = f"{self.arch.blocks}.{layer}."
@@ -253,26 +220,75 @@ class Checkpoint:
         return [name for name in self.files if not blocks.match(name)]
 
     def fingerprint(self) -> str:
-        """A hash of config, names, sizes and times: changes when the checkpoint does."""
-        parts: list[Any] = [self.config]
+        """A hash of configs, names, sizes and times: changes when the checkpoint does."""
+        parts: list[Any] = [self.config, repr(self.quantization)]
         for path in sorted(set(self.files.values())):
             stat = path.stat()
             parts.append((path.name, stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _check_matrices(self) -> None:
-        """A quantized file must name a quantization, and its blocks must all be there."""
-        quantized = any(name.endswith(".qweight") for name in self.files)
-        if quantized and self.quantization is None:
+    def _check_names(self) -> None:
+        """Config and tensors agree on what is quantized, and a quantized matrix has no tensor of unknown meaning."""
+        modules = set(self.matrices())
+        if modules and self.quantization is None:
             raise FormatError(
                 str(self.path / "config.json"),
                 "qweight tensors and no quantization_config",
                 "a quantization_config section or a quantize_config.json",
                 "add the file that the quantizer wrote",
             )
-        if self.quantization is not None and not quantized:
+        if self.quantization is None:
+            return
+        if not modules:
             raise FormatError(
                 str(self.path), "a quantization_config and no qweight tensor", "GPTQ tensors", "get the files again"
+            )
+        for name in self.files:
+            module, _, suffix = name.rpartition(".")
+            if module in modules and suffix not in GptqLayout.suffixes:
+                raise FormatError(
+                    f"{self.files[name]}: {name}", "an unknown tensor of a quantized matrix",
+                    ", ".join(GptqLayout.suffixes), "get the file again",
+                )  # fmt: skip
+        for module in modules:
+            if self.quantization.spec_of(module) is None:
+                raise FormatError(
+                    f"{self.where(module)}.qweight", "a quantized matrix that the config's `dynamic` leaves 16-bit",
+                    "one of the two", "correct `dynamic`, or get the file again",
+                )  # fmt: skip
+
+    def _check_blocks(self, plan: TPPlan) -> None:
+        """Every matrix of every block is there, with the sizes that config.json gives it. Reads headers alone."""
+        linears = [pair for layer in range(plan.sizes.layers) for pair in plan.linears(layer)]
+        suffixes = ("weight", *GptqLayout.suffixes)
+        found = self.shapes(f"{name}.{suffix}" for name, _ in linears for suffix in suffixes)
+        for name, linear in linears:
+            self._check_matrix(name, linear, {s: found[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in found})
+        block = re.compile(re.escape(plan.arch.blocks) + r"\.(\d+)\.")
+        for name in self.files:
+            match = block.match(name)
+            if match and int(match[1]) >= plan.sizes.layers:
+                raise FormatError(
+                    f"{self.files[name]}: {name}", f"a tensor of block {match[1]}",
+                    f"{plan.sizes.layers} blocks, counted from 0, as in config.json", "correct config.json",
+                )  # fmt: skip
+
+    def _check_matrix(self, name: str, linear: Linear, tensors: Mapping[str, Sequence[int]]) -> None:
+        k, n = linear.in_features, linear.out_features
+        spec, where = self.spec_of(name), f"{self.path}: {name}"
+        if spec is not None:
+            where = f"{self.where(name)}.qweight"
+            size = check_shapes(self.where(name), tensors, spec)
+            found = None if size == (k, n) else f"{size[0]} x {size[1]} channels"
+        elif "weight" in tensors:
+            where = f"{self.files[f'{name}.weight']}: {name}.weight"
+            found = None if list(tensors["weight"]) == [n, k] else f"shape {list(tensors['weight'])}"
+        else:
+            where += ".weight" if self.quantization is None else ".qweight"
+            found = "no such tensor"
+        if found:
+            raise FormatError(
+                where, found, f"{k} x {n} channels, as config.json has it", "correct config.json or get the files again"
             )
 
 
@@ -282,157 +298,77 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> QuantConfig | None:
     if inline is not None:
         parsed.append(parse_quant_config(inline, str(path / "config.json")))
     if side.exists():
-        parsed.append(parse_quant_config(_read_json(side), str(side)))
-    if len(parsed) == 2 and (parsed[0].spec.bits, parsed[0].spec.group_size, parsed[0].layout) != (
-        parsed[1].spec.bits, parsed[1].spec.group_size, parsed[1].layout,
-    ):  # fmt: skip
-        raise FormatError(
-            str(side), "other bits, group_size or checkpoint_format than config.json", "the same in both",
-            "correct the file that is wrong, or delete it",
-        )  # fmt: skip
+        parsed.append(parse_quant_config(read_json(side), str(side)))
+    if len(parsed) == 2:
+        _check_agreement(parsed[0], parsed[1], str(side))
     return parsed[0] if parsed else None
 
 
+def _check_agreement(inline: QuantConfig, side: QuantConfig, where: str) -> None:
+    """Two files that say how to read the codes must say the same: readers differ in which one they believe."""
+    for what, one, other in (
+        ("bits", inline.spec.bits, side.spec.bits),
+        ("group_size", inline.spec.group_size, side.spec.group_size),
+        ("zero-point version by checkpoint_format", inline.layout.zeros_version, side.layout.zeros_version),
+        ("dynamic", dict(inline.overrides), dict(side.overrides)),
+    ):
+        if one != other:
+            raise FormatError(
+                where, f"{what} {other}, and {one} in config.json", "the same in both",
+                "correct the file that is wrong, or delete quantize_config.json",
+            )  # fmt: skip
+
+
 def _tensor_files(path: Path) -> dict[str, Path]:
-    index = path / INDEX
+    """Tensor name -> file, every file opened once to see that it is whole."""
+    if (path / INDEX).exists():
+        return _indexed_files(path / INDEX)
     shards = sorted(path.glob("*.safetensors"))
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map", {})
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard:
-                raise CheckpointError(str(index), f"shard {shard!r}", "names inside the folder", "do not use this file")
-            if not (path / shard).is_file():
-                raise CheckpointError(str(index), f"shard {shard}, which is missing", "every shard", "get the file")
-        shards = sorted({path / shard for shard in weight_map.values()})
-    elif not shards:
-        pickles = [p.name for pattern in PICKLES for p in path.glob(pattern)]
+    if len(shards) > 1:
+        raise CheckpointError(
+            str(path), f"{len(shards)} safetensors files and no {INDEX}", "one file, or an index", "get the index"
+        )
+    if not shards:
+        pickles = sorted(p for pattern in PICKLES for p in path.glob(pattern))
         if pickles:
             raise CheckpointError(
-                str(path / pickles[0]), "a pickle checkpoint", "safetensors; opening a pickle runs its code",
+                str(pickles[0]), "a pickle checkpoint", "safetensors; opening a pickle runs its code",
                 "save it again with safe_serialization=True",
             )  # fmt: skip
         raise CheckpointError(str(path), "no .safetensors file", "a safetensors checkpoint", "check the folder")
-    elif len(shards) > 1:
+    return dict.fromkeys(_names(shards[0]), shards[0])
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(
-            str(path), f"{len(shards)} shards and no {INDEX}", "one file, or an index", "get the index"
+            str(index), "no weight_map", "a weight_map from tensor names to file names", "get the file again"
         )
-    files = {name: shard for shard in shards for name in _names(shard)}
-    if index.exists():
-        for name, shard in weight_map.items():
-            if files.get(name) != path / shard:
-                raise CheckpointError(
-                    str(path / shard), f"no tensor {name}, which the index promises", "what the index says",
-                    "get the file again",
-                )  # fmt: skip
-    return files
+    names = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(str(index), f"shard {shard!r}", "names inside the folder", "do not use this file")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(str(index), f"shard {shard!r}, which is missing", "every shard", "get the file")
+        names[shard] = _names(index.parent / shard)
+    for name, shard in weight_map.items():
+        if name not in names[shard]:
+            raise CheckpointError(
+                str(index.parent / shard), f"no tensor {name}, which the index promises", "what the index says",
+                "get the file again",
+            )  # fmt: skip
+    unlisted = {name: index.parent / shard for shard in names for name in names[shard]}
+    return unlisted | {name: index.parent / shard for name, shard in weight_map.items()}
 
 
 def _names(shard: Path) -> list[str]:
+    with _opened(shard) as file:
+        ours, names = (file.metadata() or {}).get("bitshard", "{}"), list(file.keys())
     try:
-        with safe_open(shard, "pt") as file:
-            version = json.loads((file.metadata() or {}).get("bitshard", "{}")).get("version", FORMAT_VERSION)
-            names = list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
+        check_version(json.loads(ours), str(shard))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
-            str(shard), f"a file that is truncated or altered ({error})", "a whole safetensors file", "get it again"
+            str(shard), f"metadata that is no JSON ({error})", "a whole file", "get it again"
         ) from None
-    if version > FORMAT_VERSION:
-        raise FormatError(
-            str(shard),
-            f"bitshard format version {version}",
-            f"{FORMAT_VERSION} or older",
-            "upgrade bitshard to read it",
-        )
     return names
-
-
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in an order that changes from run to run; equal content must be equal bytes."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))  # the format allows trailing spaces
-
-
-class Writer:
-    """Writes a checkpoint folder shard by shard, resumable, never half-written under its final name.
-
-    shards: keys of the shards in order. task: what is being done; a partial folder of the same task is resumed, one of
-    another task is removed. Raises CheckpointError when `out` exists.
-    """
-
-    def __init__(self, out: Path, shards: list[str], task: Mapping[str, Any]) -> None:
-        if out.exists():
-            raise CheckpointError(str(out), "an existing file or folder", "a new name", "choose another or remove it")
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self._files = {key: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, key in enumerate(shards, 1)}
-        state = json.dumps(task, sort_keys=True)
-        state_path = self.partial / "task.json"
-        if state_path.exists() and state_path.read_text() == state:
-            return
-        try:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            state_path.write_text(state)
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def has(self, shard: str) -> bool:
-        """True when an earlier run finished this shard."""
-        return (self.partial / self._files[shard]).exists()
-
-    def write(self, shard: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one shard under a temporary name, then rename it."""
-        self.write_state(self._files[shard], tensors)
-
-    def write_state(self, file_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Any tensors, whole or not at all, in the partial folder."""
-        temporary = self.partial / (file_name + ".tmp")
-        metadata = {"format": "pt", "bitshard": json.dumps({"version": FORMAT_VERSION, "layout": GptqLayout.name})}
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-            _sort_metadata(temporary)
-            temporary.rename(self.partial / file_name)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise self._failure(error) from None
-
-    def finish(self, source: Path, config: Mapping[str, Any], quantization: QuantConfig) -> None:
-        """Index, configs, the source's tokenizer and other small files; then the final name."""
-        try:
-            weight_map, total = {}, 0
-            for file_name in self._files.values():
-                with safe_open(self.partial / file_name, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        weight_map[name] = file_name
-                total += (self.partial / file_name).stat().st_size
-            section = quantization.to_json()
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            self._write_json(INDEX, index)
-            self._write_json("config.json", {**config, "quantization_config": section})
-            self._write_json("quantize_config.json", section)
-            for path in sorted({p for pattern in SIDE_FILES for p in source.glob(pattern)}):
-                if path.name not in REWRITTEN:
-                    shutil.copyfile(path, self.partial / path.name)
-            keep = {*self._files.values(), *REWRITTEN} | {p.name for pat in SIDE_FILES for p in source.glob(pat)}
-            for path in self.partial.iterdir():
-                if path.name not in keep or path.name == "task.json":
-                    path.unlink()
-            self.partial.rename(self.out)
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        (self.partial / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-    def _failure(self, error: Exception) -> CheckpointError:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        return CheckpointError(
-            str(self.partial),
-            "a full disk" if full else str(error),
-            "a writable folder with room for the checkpoint",
-            "make room and run the same command again: finished shards are kept and reused",
-        )

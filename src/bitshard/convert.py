@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from bitshard.checkpoint import Checkpoint, QuantConfig, Writer
+from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.models import mlp_paths, value_columns
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
+from bitshard.quantconfig import QuantConfig
 from bitshard.reorder import attention_order, is_identity, mlp_order, tile_parts, value_columns_order
+from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
 
@@ -55,12 +57,12 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     """
     checkpoint = Checkpoint.open(source)
     quantization, plan = checkpoint.gptq, checkpoint.plan()
-    padding = padding_for(plan, pad_to) if pad_to else None
+    padding = None if pad_to is None else padding_for(plan, pad_to)
     blocks = list(range(plan.sizes.layers))
     shards = [OUTSIDE, *(f"block {i}" for i in blocks)]
     task = {"verb": "convert", "source": checkpoint.fingerprint(), "pad_to": pad_to, "version": FORMAT_VERSION}
-    writer = Writer(out, shards, task)
     edits = [block_edit(checkpoint, plan, layer, padding) for layer in blocks]
+    writer = Writer(out, shards, task)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, checkpoint.read(checkpoint.names_outside_blocks()))
     for layer in progress(blocks, "converting"):
@@ -78,13 +80,13 @@ def block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Paddin
     for columns, row in mlp_paths(plan.arch, plan.sizes):
         name = prefix + row
         if name in plan.gathered:
-            perm = mlp_order(checkpoint.tensor(f"{name}.g_idx"))
+            perm = mlp_order(_g_idx(checkpoint, name))
             edit.rows[name] = perm
             for column in columns:
                 edit.columns[prefix + column] = tile_parts(perm, plan.arch.mlp.parts)
     o_proj = prefix + plan.arch.attention.row
     if o_proj in plan.gathered:
-        g_idx = checkpoint.tensor(f"{o_proj}.g_idx")
+        g_idx = _g_idx(checkpoint, o_proj)
         spec = plan.spec_of(o_proj)
         assert spec is not None  # a gathered matrix is a quantized one
         order = attention_order(g_idx, plan.sizes, spec.group(len(g_idx)))
@@ -96,6 +98,12 @@ def block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Paddin
     if padding:
         edit.pad(plan, padding, prefix)
     return edit
+
+
+def _g_idx(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    g_idx = checkpoint.g_idx(name)
+    assert g_idx is not None  # only a matrix with an irregular one is gathered
+    return g_idx
 
 
 def _order_values(edit: BlockEdit, plan: TPPlan, prefix: str, order_K: torch.Tensor) -> None:

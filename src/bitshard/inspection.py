@@ -10,7 +10,7 @@ from typing import Any
 
 from bitshard.bitpack import packed_length
 from bitshard.checkpoint import Checkpoint
-from bitshard.layout import FORMAT_VERSION, GptqLayout
+from bitshard.layout import FORMAT_VERSION, GptqLayout, check_shapes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Describe the GPTQ checkpoint `path`. Raises FormatError for one that is not quantized."""
     checkpoint = Checkpoint.open(path)
-    quantization = checkpoint.gptq
+    quantization, plan = checkpoint.gptq, checkpoint.plan()
     matrices = [_matrix(checkpoint, name) for name in checkpoint.matrices()]
     weights = sum(m.in_features * m.out_features for m in matrices)
     return Inspection(
@@ -61,7 +61,7 @@ def inspect(path: Path) -> Inspection:
         version=quantization.section.get("version", FORMAT_VERSION),
         zeros_version=quantization.layout.zeros_version,
         spec=vars(quantization.spec),
-        degrees=checkpoint.plan().legal_degrees(),
+        degrees=plan.legal_degrees(),
         average_bits=sum(m.bytes for m in matrices) * 8 / weights,
         matrices=sorted(matrices, key=lambda m: _natural(m.name)),
         provenance=quantization.section.get("provenance", {}),
@@ -72,11 +72,11 @@ def _matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
     spec = checkpoint.spec_of(name)
     assert spec is not None  # it has a qweight
     tensors = checkpoint.shapes(f"{name}.{suffix}" for suffix in GptqLayout.suffixes)
-    words, n = tensors[f"{name}.qweight"]
-    k = words * 32 // spec.bits
-    groups = tensors[f"{name}.scales"][0]
+    by_suffix = {tensor.rpartition(".")[2]: shape for tensor, shape in tensors.items()}
+    k, n = check_shapes(checkpoint.where(name), by_suffix, spec)
+    groups = k // spec.group(k)
     # g_idx is left out where it says nothing, bias is no weight
-    size = 4 * prod(tensors[f"{name}.qweight"]) + groups * (2 * n + 4 * packed_length(n, spec.bits))
+    size = 4 * prod(by_suffix["qweight"]) + groups * (2 * n + 4 * packed_length(n, spec.bits))
     irregular = checkpoint.is_irregular(name)
     return MatrixInfo(
         name=name,

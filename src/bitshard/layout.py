@@ -13,7 +13,7 @@ Tensors of a matrix with K input and N output channels, G groups, b bits:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -23,9 +23,10 @@ import torch
 from bitshard.bitpack import pack, packed_length, unpack
 from bitshard.errors import FormatError
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import QuantSpec, codes_per_pack
+from bitshard.spec import WORD_BITS, QuantSpec, codes_per_pack
 
 FORMAT_VERSION = 1  # of what bitshard writes beside the public tensors: config section and safetensors metadata
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,14 @@ class GptqLayout:
 
     def unpack(self, name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> QuantizedWeight:
         """Tensors by suffix -> logical value. FormatError names the matrix and what is wrong with it."""
-        check(name, tensors, spec)
+        self.check(name, tensors, spec)
         qweight, scales = tensors["qweight"], tensors["scales"]
         codes = unpack(qweight, spec.bits, dim=0)
         zeros = self.unpack_zeros(tensors["qzeros"], spec.bits)
         g_idx = tensors.get("g_idx")
         if g_idx is None:
             g_idx = trivial_g_idx(codes.shape[0], spec.group(codes.shape[0]))
-        weight = QuantizedWeight(spec, codes, scales, zeros, g_idx.to(torch.int32), tensors.get("bias"))
-        self._check_zeros(name, weight)
-        return weight
+        return QuantizedWeight(spec, codes, scales, zeros, g_idx.to(torch.int32), tensors.get("bias"))
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Logical value -> tensors by suffix, `g_idx` always among them. The exact inverse of `unpack`."""
@@ -81,17 +80,41 @@ class GptqLayout:
         """Packed rows in another order, `perm[new] = old`, without the other tensors."""
         return pack(unpack(qweight, bits, dim=0)[perm_K], bits, dim=0)
 
-    def _check_zeros(self, name: str, weight: QuantizedWeight) -> None:
+    def check(self, name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> None:
+        """Shapes, dtypes and values that any reader relies on; codes can hold anything, so qweight is not read."""
+        check_shapes(name, {suffix: tensor.shape for suffix, tensor in tensors.items()}, spec)
+        for suffix in ("qweight", "qzeros"):
+            if tensors[suffix].dtype != torch.int32:
+                raise FormatError(
+                    f"{name}.{suffix}", f"dtype {tensors[suffix].dtype}", "int32",
+                    "pack the file with 32-bit words (pack_dtype int32)",
+                )  # fmt: skip
+        for suffix in ("scales", "bias"):
+            if suffix in tensors and tensors[suffix].dtype not in FLOATS:
+                raise FormatError(
+                    f"{name}.{suffix}", f"dtype {tensors[suffix].dtype}", "float16, bfloat16 or float32",
+                    "get the file again",
+                )  # fmt: skip
+            if suffix in tensors and not bool(torch.isfinite(tensors[suffix]).all()):
+                raise FormatError(f"{name}.{suffix}", "NaN or infinite values", "finite floats", "quantize it again")
+        if "g_idx" in tensors:
+            check_g_idx(name, tensors["g_idx"], spec)
+        elif spec.irregular:
+            raise FormatError(
+                f"{name}.g_idx", "no such tensor, and desc_act=true", "a g_idx, as the order of channels is free",
+                "get the file again, or correct desc_act",
+            )  # fmt: skip
+        if spec.sym:
+            self._check_version(name, self.unpack_zeros(tensors["qzeros"], spec.bits), 1 << (spec.bits - 1))
+
+    def _check_version(self, name: str, zeros_GN: torch.Tensor, middle: int) -> None:
         """A symmetric weight has one possible zero, so it shows when the declared version is the wrong one."""
-        middle = 1 << (weight.spec.bits - 1)
-        if not weight.spec.sym or bool((weight.zeros_GN == middle).all()):
-            return
         off_by_one = middle + 1 if self.zeros_version == 1 else middle - 1
-        if bool((weight.zeros_GN == off_by_one).all()):
-            other = 3 - self.zeros_version
+        if bool((zeros_GN == off_by_one).all()):
             raise FormatError(
                 f"{name}.qzeros",
-                f"sym=true with zeros that are right only in version {other}, declared as version {self.zeros_version}",
+                f"sym=true with zeros that are right only in version {3 - self.zeros_version}, "
+                f"declared as version {self.zeros_version}",
                 "checkpoint_format 'gptq' with zeros stored minus one, or 'gptq_v2' with zeros as they are",
                 "correct checkpoint_format in config.json and quantize_config.json",
             )
@@ -102,36 +125,28 @@ def _ones(bits: int) -> int:
     return sum(1 << i for i in range(0, 32, bits))
 
 
-def check(name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> None:
-    """Shapes, dtypes and values that any reader relies on. Raises FormatError with the tensor's name."""
+def check_shapes(name: str, shapes: Mapping[str, Sequence[int]], spec: QuantSpec) -> tuple[int, int]:
+    """The sizes K and N of a matrix from the shapes of its tensors by suffix; FormatError when they do not fit."""
     for suffix in ("qweight", "qzeros", "scales"):
-        if suffix not in tensors:
+        if suffix not in shapes:
             raise FormatError(
                 f"{name}.{suffix}", "no such tensor", "qweight, qzeros and scales for each matrix", "get the file again"
             )
-    qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
-    for suffix, integer in (("qweight", qweight), ("qzeros", qzeros)):
-        if integer.dtype != torch.int32:
-            raise FormatError(
-                f"{name}.{suffix}",
-                f"dtype {integer.dtype}",
-                "int32",
-                "pack the file with 32-bit words (pack_dtype int32)",
-            )
-    n = qweight.shape[1] if qweight.dim() == 2 else 0
-    k = qweight.shape[0] * 32 // spec.bits if qweight.dim() == 2 else 0
+    words, n = shapes["qweight"] if len(shapes["qweight"]) == 2 else (0, 0)
+    k = words * WORD_BITS // spec.bits
+    groups = ceil(k / spec.group(k)) if k else 0
     expected = {
         "qweight": (packed_length(k, spec.bits), n),
-        "qzeros": (ceil(k / spec.group(k)) if k else 0, packed_length(n, spec.bits)),
-        "scales": (ceil(k / spec.group(k)) if k else 0, n),
+        "qzeros": (groups, packed_length(n, spec.bits)),
+        "scales": (groups, n),
         "g_idx": (k,),
         "bias": (n,),
     }
     for suffix, shape in expected.items():
-        if suffix in tensors and (tuple(tensors[suffix].shape) != shape or 0 in shape):
+        if suffix in shapes and (tuple(shapes[suffix]) != shape or 0 in shape):
             raise FormatError(
                 f"{name}.{suffix}",
-                f"shape {list(tensors[suffix].shape)}",
+                f"shape {list(shapes[suffix])}",
                 f"{list(shape)} for {k} x {n} at {spec.bits} bits, group_size {spec.group_size}",
                 "check bits and group_size in the config, or get the file again",
             )
@@ -143,13 +158,17 @@ def check(name: str, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> No
             f"{codes_per_pack(spec.bits)}",
             "quantize with a group_size that divides, or with padding (`--pad-to 1`)",
         )
-    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
-        raise FormatError(f"{name}.scales", "NaN, infinite or non-float scales", "finite floats", "quantize it again")
-    if "g_idx" in tensors:
-        _check_g_idx(name, tensors["g_idx"], scales.shape[0], spec.group(k))
+    return k, n
 
 
-def _check_g_idx(name: str, g_idx: torch.Tensor, groups: int, group: int) -> None:
+def check_g_idx(name: str, g_idx: torch.Tensor, spec: QuantSpec) -> None:
+    """Every input channel is in a group that exists, and all groups are full."""
+    if g_idx.dim() != 1 or len(g_idx) == 0 or g_idx.dtype not in (torch.int32, torch.int64):
+        raise FormatError(
+            f"{name}.g_idx", f"{g_idx.dtype} {list(g_idx.shape)}", "int32, one for each channel", "get the file again"
+        )
+    group = spec.group(len(g_idx))
+    groups = len(g_idx) // group
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise FormatError(

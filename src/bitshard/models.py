@@ -168,48 +168,53 @@ ARCHITECTURES = (
 )
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The row for a config.json; PlanError that says how to add one."""
+def architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """The row for a config.json, found at `where`; PlanError that says how to add one."""
     model_type = config.get("model_type")
     for row in ARCHITECTURES:
         if model_type in row.model_types:
             for key, needed in row.requires.items():
                 if config.get(key, needed) != needed:
                     raise PlanError(
-                        "config.json", f"{key} = {config[key]!r}", f"{needed!r} for {model_type}", "use such a model"
+                        where, f"{key} = {config[key]!r}", f"{needed!r} for {model_type}", "use such a model"
                     )
             return row
     known = ", ".join(sorted(t for row in ARCHITECTURES for t in row.model_types))
     raise PlanError(
-        "config.json",
+        where,
         f"model_type {model_type!r}",
         known,
         "add a row to ARCHITECTURES in bitshard/models.py: its block path, its column and row matrices, its norms",
     )
 
 
-def shapes(arch: Architecture, config: Mapping[str, Any]) -> Shapes:
-    """Sizes from a config.json, with the field's usual defaults for keys that may be missing."""
+def shapes(arch: Architecture, config: Mapping[str, Any], where: str = "config.json") -> Shapes:
+    """Sizes from a config.json, found at `where`, with the field's usual defaults for keys that may be missing."""
 
     def size(name: str, default: int | None = None) -> int:
         value = config.get(arch.keys[name])
         if value is None:
             value = default
-        if not isinstance(value, int) or value < 0:
+        if type(value) is not int or value < 1:
             raise PlanError(
-                "config.json", f"{arch.keys[name]} = {value!r}", "a positive integer", "correct the model's config.json"
+                where, f"{arch.keys[name]} = {value!r}", "a positive integer", "correct the model's config.json"
             )
         return value
 
     hidden, heads = size("hidden"), size("heads")
+    kv_heads = size("kv_heads", 1 if arch.multi_query else heads)
+    if heads % kv_heads:
+        raise PlanError(
+            where, f"{heads} heads over {kv_heads} KV heads", "whole groups of heads", "correct the model's config.json"
+        )
     return Shapes(
         hidden=hidden,
         intermediate=size("intermediate", 4 * hidden),
         heads=heads,
-        kv_heads=size("kv_heads", 1 if arch.multi_query else heads),
-        head_dim=size("head_dim", hidden // max(heads, 1)),
+        kv_heads=kv_heads,
+        head_dim=size("head_dim", hidden // heads),
         layers=size("layers"),
-        experts=size("experts", 0) if arch.mlp.experts else 0,
+        experts=size("experts") if arch.mlp.experts else 0,
     )
 
 

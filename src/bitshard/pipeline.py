@@ -22,16 +22,18 @@ from transformers import AutoTokenizer
 
 from bitshard import __version__
 from bitshard.blockwise import BlockwiseModel
-from bitshard.checkpoint import Checkpoint, QuantConfig, Writer
+from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.errors import CheckpointError, FormatError, SpecError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.models import Architecture, Shapes, mlp_paths
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
+from bitshard.quantconfig import QuantConfig
 from bitshard.solver.gptq import SolveReport, gptq
 from bitshard.sources import calibration_text, resolve
 from bitshard.spec import QuantSpec, codes_per_pack
+from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bitshard.checkpoint import INDEX, Checkpoint
-from bitshard.errors import CheckpointError
+from bitshard.checkpoint import INDEX, Checkpoint, read_json
 from bitshard.models import architecture, shapes
 from bitshard.plan import CANDIDATE_DEGREES, TPPlan, padding_for
 from bitshard.spec import QuantSpec
@@ -58,9 +55,9 @@ def plan_model(path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s:
         for layer in range(plan.sizes.layers)
         for _, linear in plan.linears(layer)
     )
-    padding = padding_for(plan, pad_to) if pad_to else None
+    padding = None if pad_to is None else padding_for(plan, pad_to)
     cost = None
-    if padding and pad_to:
+    if padding:
         sizes = vars(plan.sizes) | vars(padding)
         padded = TPPlan(plan.arch, type(plan.sizes)(**sizes), plan.spec_of, plan.gathered)
         cost = padded.bytes_per_rank(1) / plan.bytes_per_rank(1) - 1
@@ -97,14 +94,7 @@ def _plan(path: Path, spec: QuantSpec) -> tuple[TPPlan, QuantSpec]:
         checkpoint = Checkpoint.open(path)
         if checkpoint.quantization is not None:
             return checkpoint.plan(), checkpoint.quantization.spec
-    config = _config(path)
-    arch = architecture(config)
-    return TPPlan(arch, shapes(arch, config), lambda name: spec), spec
-
-
-def _config(path: Path) -> Mapping[str, Any]:
-    try:
-        config: Mapping[str, Any] = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path / "config.json"), str(error), "a readable JSON file", "check the name") from None
-    return config
+    file = path / "config.json"
+    config = read_json(file)
+    arch = architecture(config, str(file))
+    return TPPlan(arch, shapes(arch, config, str(file)), lambda name: spec), spec

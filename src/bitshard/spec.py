@@ -32,12 +32,16 @@ class QuantSpec:
     static_groups: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in GPTQ_BITS:
-            raise SpecError("bits", str(self.bits), "2, 3, 4 or 8", "choose one of these widths")
-        if self.group_size != -1 and self.group_size < 1:
+        # a spec may come from a file: 4.0, "128" and "false" must not pass for what they look like
+        if type(self.bits) is not int or self.bits not in GPTQ_BITS:
+            raise SpecError("bits", repr(self.bits), "2, 3, 4 or 8", "choose one of these widths")
+        if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             raise SpecError(
-                "group_size", str(self.group_size), "a positive number, or -1 for one group", "for example 64 or 128"
+                "group_size", repr(self.group_size), "a positive number, or -1 for one group", "for example 64 or 128"
             )
+        for name in ("sym", "desc_act", "static_groups"):
+            if type(getattr(self, name)) is not bool:
+                raise SpecError(name, repr(getattr(self, name)), "true or false", "choose one of them")
 
     @property
     def max_code(self) -> int:
