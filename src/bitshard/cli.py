@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HELP = """Low-bit language models, ordered so that tensor parallelism costs nothing at run time.
 
-Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
 app.add_typer(bench_app, name="bench")
@@ -49,13 +50,15 @@ def main() -> None:
         app()
     except BitshardError as error:
         _fail(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        _fail("interrupted; finished shards are kept: run the same command again to go on")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's way to pass on Ctrl-C
+            _fail("interrupted; what was finished is kept: run the same command again to go on", INTERRUPTED)
+        raise
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str, code: int = 1) -> None:
     print(f"bitshard: {sentence}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bitshard.checkpoint import reason
 from bitshard.errors import CheckpointError, SpecError
 from bitshard.integrations.transformers import load, load_tokenizer
 from bitshard.progress import Progress, silent
@@ -35,11 +36,12 @@ def perplexity(
     """
     if context < 2:
         raise SpecError("context", str(context), "2 tokens or more", "choose for example 1024")
-    tokenizer, model = load_tokenizer(path), load(path)
     try:
-        ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(text), str(error), "a readable UTF-8 text file", "check the file") from None
+        raise CheckpointError(str(text), reason(error), "a readable UTF-8 text file", "check the file") from None
+    tokenizer, model = load_tokenizer(path), load(path)
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     first = tokenizer("")["input_ids"][:1]
     step = context - len(first)
     available = len(ids) // step

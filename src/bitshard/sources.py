@@ -26,6 +26,8 @@ def resolve(model: str) -> Path:
         return path
     if path.suffix == ".gguf":
         return _converted_gguf(path)
+    if path.exists():
+        raise CheckpointError(str(path), "a file", "a folder, a .gguf file or a hub id", "name the folder it is in")
     return _fetched(model)
 
 

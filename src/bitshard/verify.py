@@ -6,18 +6,17 @@ dequantized weights are compared bit for bit under them. Logits on the same toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import block_edit, matrices_in_block
 from bitshard.edit import BlockEdit
 from bitshard.errors import FormatError
-from bitshard.integrations.transformers import load
-from bitshard.plan import Padding
+from bitshard.integrations.transformers import load, load_config
+from bitshard.plan import Padding, TPPlan
 from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
 
@@ -38,12 +37,18 @@ class Verification:
 
 
 def verify(path: Path, against: Path | None = None, logits: bool = True, progress: Progress = silent) -> Verification:
-    """Check every tensor of `path`; with `against`, prove that both hold the same model. Raises FormatError by name."""
+    """Check every tensor of `path`; with `against`, prove that both hold the same model.
+
+    Raises FormatError with the name of what is wrong, CheckpointError when files cannot be read.
+    """
     checkpoint = Checkpoint.open(path)
+    checkpoint.check_matrices()
+    layers = checkpoint.plan().sizes.layers
     source = Checkpoint.open(against) if against else None
+    source_plan = _plan_of_source(source, checkpoint) if source else None
     checked = equal = 0
-    for layer in progress(range(checkpoint.sizes.layers), "verifying"):
-        edit = _expected_edit(source, checkpoint, layer) if source else None
+    for layer in progress(range(layers), "verifying"):
+        edit = _expected_edit(source, source_plan, checkpoint, layer) if source and source_plan else None
         for name in matrices_in_block(checkpoint, layer):
             checked += 1
             if checkpoint.spec_of(name) is None:
@@ -53,7 +58,9 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
                 found = _values(checkpoint.weight(name))
                 expected = _values(edit.apply(name, source.weight(name))) if source and edit else found
             if found.keys() != expected.keys() or any(not torch.equal(found[k], expected[k]) for k in found):
-                raise FormatError(name, "other weights than the source's", "the same weights", "convert it again")
+                raise FormatError(
+                    f"{path}: {name}", "other weights than the source's", "the same weights", "convert it again"
+                )
             equal += source is not None
     if source:
         _compare_rest(checkpoint, source)
@@ -63,6 +70,29 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
             str(path), f"logits off by {error:.1e} of the largest", f"{LOGIT_TOLERANCE:.0e}", "convert it again"
         )
     return Verification(checked, equal if source else None, error)
+
+
+def _plan_of_source(source: Checkpoint, converted: Checkpoint) -> TPPlan:
+    """The source's own plan, after a check that the other may have come from it: FormatError when it cannot have."""
+    source.check_matrices()
+    plan, new = source.plan(), converted.sizes
+    padded = replace(plan.sizes, intermediate=new.intermediate, heads=new.heads, kv_heads=new.kv_heads)
+    shrunk = new.intermediate < plan.sizes.intermediate or new.heads < plan.sizes.heads
+    if padded != new or shrunk or converted.arch != source.arch:
+        raise FormatError(
+            str(converted.path), "another model than the source's", f"the sizes in {source.path / 'config.json'}",
+            "name the checkpoint that this one was converted from",
+        )  # fmt: skip
+    names = [{name for name in c.files if not name.endswith(".g_idx")} for c in (converted, source)]
+    for name in sorted(names[0] ^ names[1]):
+        holder, other = (converted, source) if name in names[0] else (source, converted)
+        raise FormatError(
+            str(other.path),
+            f"no tensor {name}, which {holder.path} has",
+            "the same tensors in both",
+            "convert it again",
+        )
+    return plan
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
@@ -75,23 +105,25 @@ def _values(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     return {"weight": weight.dequantize(), **bias}
 
 
-def _expected_edit(source: Checkpoint, converted: Checkpoint, layer: int) -> BlockEdit:
+def _expected_edit(source: Checkpoint, plan: TPPlan, converted: Checkpoint, layer: int) -> BlockEdit:
     """What conversion must have done to this block: from the source's `g_idx` and the two configs' sizes alone."""
     new, old = converted.sizes, source.sizes
     padding = Padding(new.intermediate, new.heads, new.kv_heads)
     grown = (new.intermediate, new.heads, new.kv_heads) != (old.intermediate, old.heads, old.kv_heads)
-    return block_edit(source, source.plan(), layer, padding if grown else None)
+    return block_edit(source, plan, layer, padding if grown else None)
 
 
 def _compare_rest(checkpoint: Checkpoint, source: Checkpoint) -> None:
     """Tensors outside the blocks must be the same to the byte."""
     for name in source.names_outside_blocks():
-        if name not in checkpoint.files or not torch.equal(checkpoint.tensor(name), source.tensor(name)):
-            raise FormatError(name, "another tensor than the source's", "the same tensor", "convert it again")
+        if not torch.equal(checkpoint.tensor(name), source.tensor(name)):
+            raise FormatError(
+                f"{checkpoint.path}: {name}", "another tensor than the source's", "the same tensor", "convert it again"
+            )
 
 
 def _logits_error(path: Path, against: Path) -> float:
-    config = AutoConfig.from_pretrained(against)
+    config = load_config(against)
     ids = torch.randint(0, config.vocab_size, (1, LOGIT_TOKENS), generator=torch.Generator().manual_seed(0))
     outputs = []
     for folder in (path, against):

@@ -42,10 +42,14 @@ def load(
     """A causal language model of the checkpoint `path`, 16-bit or GPTQ, ready to generate.
 
     tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
-    on a CPU and the checkpoint's own elsewhere. Raises PlanError when the degree or the strategy does not fit.
+    on a CPU and the checkpoint's own elsewhere. Raises PlanError when the degree or the strategy does not fit, and
+    FormatError or CheckpointError when the files do not hold all of a model that transformers knows.
     """
     checkpoint = Checkpoint.open(path)
-    config = AutoConfig.from_pretrained(path)
+    if checkpoint.quantization is not None:
+        checkpoint.plan()
+        checkpoint.check_matrices()
+    config = load_config(path)
     if dtype is None:
         dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
@@ -56,15 +60,45 @@ def load(
         kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan="auto")
     elif torch.cuda.is_available():
         kwargs["device_map"] = "cuda"
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
-    return model.eval()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, config=config, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # transformers fills what it cannot load with random numbers
+    if report["missing_keys"] or report["mismatched_keys"]:
+        absent, misshapen = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+        found = f"no tensor {absent[0]}" if absent else "{} of shape {}, not {}".format(*map(_plain, misshapen[0]))
+        raise CheckpointError(
+            str(path), found, "all tensors of the model, as config.json has it", "get the files again"
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, torch.Size) else value
+
+
+def load_config(path: Path) -> Any:
+    """transformers' own config of a causal language model; CheckpointError when it knows none for this config.json."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever the config class of a foreign file may raise
+        raise _unknown(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _unknown(path, f"model_type {config.model_type!r}, which is no causal language model")
+    return config
+
+
+def _unknown(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        str(path / "config.json"), found, "a causal language model that transformers knows", "use such a model"
+    )
 
 
 def load_tokenizer(path: Path) -> Any:
     """The checkpoint's tokenizer; CheckpointError when it has none."""
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing more special for a damaged file
         raise CheckpointError(
             str(path),
             f"no usable tokenizer ({type(error).__name__})",
