@@ -16,10 +16,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,21 +193,25 @@ def launch(tp_size: int, function: Callable[..., Result], *args: Any) -> list[Re
     """Run `function(*args)` on `tp_size` ranks of this machine, as torchrun does, and return their results by rank.
 
     `function` is importable by name; torch.distributed is initialised by it or by what it calls. Raises RankError, with
-    the rank's own error in it, when one fails.
+    the rank's own error in it, when one fails, and KeyboardInterrupt when the job is stopped by a signal.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would print what is raised below
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=tp_size,
-        run_id="bitshard",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="spawn",
-        max_restarts=0,
-    )
     try:
-        results: dict[int, Result] = elastic_launch(config, function)(*args)
+        with TemporaryDirectory(prefix="bitshard-ranks-") as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=tp_size,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+                run_id="bitshard",
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                start_method="spawn",
+                max_restarts=0,
+            )
+            results: dict[int, Result] = elastic_launch(config, function)(*args)
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         details: Any = failure.message
