@@ -319,11 +319,23 @@ def test_refuses_broken_files_by_name(text: Path, tmp_path: Path) -> None:
     refused(SolverError, r"layers.0.self_attn.q_proj: found NaN or infinite activations", other, SPEC, small(text))
 
 
-def test_refuses_what_transformers_cannot_build(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "nonsense"}},
+        {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "chatglm"},
+    ],
+    ids=["option", "remote code"],
+)
+def test_refuses_what_transformers_cannot_build(changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "llama")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "nonsense"}}))
-    refused(PlanError, r"transformers cannot build", model, SPEC, small(text))
+    sizes, path = Checkpoint.open(model).sizes, model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(PlanError, match="transformers cannot build"):
+        BlockwiseModel(Checkpoint.open(model), sizes, {}, torch.device("cpu"))
+    if "auto_map" not in changes:  # else a chatglm's own tensors are missed first
+        refused(PlanError, r"transformers cannot build", model, SPEC, small(text))
+        assert not list(tmp_path.glob("refused*"))
 
 
 def perplexity(model: Any, tokens: torch.Tensor) -> float:

@@ -157,7 +157,7 @@ class BlockwiseModel:
 
 def _empty_model(checkpoint: Checkpoint, config_updates: Mapping[str, Any], device: torch.device) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for key, value in config_updates.items():
             setattr(config, key, value)
         with device, _parameters_on_meta():

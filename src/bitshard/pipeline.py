@@ -128,6 +128,7 @@ def quantize(
         **{key: value for key, value in vars(calibration).items() if key != "path"},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blockwise = BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device)
     task = {
         "verb": "quantize",
         "source": job.checkpoint.fingerprint(),
@@ -140,7 +141,7 @@ def quantize(
     writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.checkpoint.read(job.checkpoint.names_outside_blocks()))
-    report = _quantize_blocks(job, tokens_SL, writer, device, progress)
+    report = _quantize_blocks(job, blockwise, tokens_SL, writer, progress)
     section = {"version": FORMAT_VERSION, "layout": GptqLayout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
     writer.finish(job.checkpoint.path, config, QuantConfig(spec, _layout(spec), (), section))
@@ -200,7 +201,7 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
     if length > limit:
         raise SpecError("calibration", f"segments of {length} tokens", f"{limit}, the model's longest", "ask for less")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             str(checkpoint.path), f"no usable tokenizer ({type(error).__name__})", "the model's tokenizer files",
@@ -219,9 +220,8 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
 
 
 def _quantize_blocks(
-    job: _Job, tokens_SL: torch.Tensor, writer: Writer, device: torch.device, progress: Progress
+    job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: Writer, progress: Progress
 ) -> QuantizeReport:
-    model = BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device)
     hidden_SLH, solved = model.embed(tokens_SL), torch.empty(0, 4, dtype=torch.float64)
     done = _blocks_done(writer, job.sizes.layers)
     if done:
