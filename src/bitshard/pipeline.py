@@ -2,7 +2,8 @@
 
 Each block is solved in the order its matrices are used ("true sequential"): q, k, v together, then o, then gate and up,
 then down, each from the outputs of what is already quantized. A block is run up to the matrices in question and no
-further, so all four steps cost little more than one pass over it.
+further, so all four steps cost little more than one pass over it. Memory: one block in float32, one stage's Hessians
+(of a mixture: all experts') and the calibration's hidden states.
 
 An interrupted run leaves `OUT.partial` and continues from there to the same bytes: block i counts as done when its
 shard is there, and what block i + 1 starts from is written before it.
@@ -276,9 +277,10 @@ def _solve_block(
     for stage in _stages(arch, job.sizes):
         hessians = model.hessians(layer, hidden_SLH, [names[0] for names in stage])
         for names, hessian in zip(stage, hessians, strict=True):
+            H_KK = hessian.matrix()
             for name in names:
                 full, linear = f"{arch.blocks}.{layer}.{name}", model.linear(layer, name)
-                weight, report = gptq(linear.weight, hessian.matrix(), job.spec, full)
+                weight, report = gptq(linear.weight, H_KK, job.spec, full)
                 linear.weight.copy_(weight.dequantize().T)
                 del tensors[f"{full}.weight"]
                 packed = layout.pack(weight)
