@@ -51,7 +51,11 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            str(path), f"a file that cannot be read ({reason(error)})", "a readable file", "check the file"
+        ) from None
+    except SafetensorError as error:
         raise CheckpointError(
             str(path), f"a file that is truncated or altered ({error})", "a whole safetensors file", "get it again"
         ) from None
@@ -201,11 +205,12 @@ class Checkpoint:
         return f"{self.files[f'{module}.qweight']}: {module}"
 
     def check_matrices(self) -> None:
-        """Shapes, scales, zeros, groups and biases of every quantized matrix; reads no codes.
+        """All that can be known without reading codes: `plan`'s checks, then every scale, zero, group and bias.
 
         Raises FormatError for what is wrong, and for a checkpoint that is not quantized.
         """
         layout = self.gptq.layout
+        self.plan()
         for module in self.matrices():
             spec = self.spec_of(module)
             assert spec is not None  # or it could not be opened
@@ -229,7 +234,7 @@ class Checkpoint:
 
     def _check_names(self) -> None:
         """Config and tensors agree on what is quantized, and a quantized matrix has no tensor of unknown meaning."""
-        modules = set(self.matrices())
+        modules = dict.fromkeys(self.matrices())
         if modules and self.quantization is None:
             raise FormatError(
                 str(self.path / "config.json"),
@@ -250,6 +255,13 @@ class Checkpoint:
                     f"{self.files[name]}: {name}", "an unknown tensor of a quantized matrix",
                     ", ".join(GptqLayout.suffixes), "get the file again",
                 )  # fmt: skip
+            if module not in modules and suffix in GptqLayout.suffixes and f"{module}.weight" not in self.files:
+                raise FormatError(
+                    f"{self.files[name]}: {name}",
+                    "no qweight beside it",
+                    "all tensors of a matrix",
+                    "get the file again",
+                )
         for module in modules:
             if self.quantization.spec_of(module) is None:
                 raise FormatError(
@@ -274,21 +286,18 @@ class Checkpoint:
                 )  # fmt: skip
 
     def _check_matrix(self, name: str, linear: Linear, tensors: Mapping[str, Sequence[int]]) -> None:
-        k, n = linear.in_features, linear.out_features
-        spec, where = self.spec_of(name), f"{self.path}: {name}"
+        size, spec = (linear.in_features, linear.out_features), self.spec_of(name)
         if spec is not None:
-            where = f"{self.where(name)}.qweight"
-            size = check_shapes(self.where(name), tensors, spec)
-            found = None if size == (k, n) else f"{size[0]} x {size[1]} channels"
-        elif "weight" in tensors:
-            where = f"{self.files[f'{name}.weight']}: {name}.weight"
-            found = None if list(tensors["weight"]) == [n, k] else f"shape {list(tensors['weight'])}"
-        else:
-            where += ".weight" if self.quantization is None else ".qweight"
-            found = "no such tensor"
-        if found:
+            check_shapes(self.where(name), tensors, spec, size)
+            return
+        shape = list(tensors["weight"]) if "weight" in tensors else None
+        if shape != [*reversed(size)]:
+            suffix = "qweight" if shape is None and self.quantization is not None else "weight"
             raise FormatError(
-                where, found, f"{k} x {n} channels, as config.json has it", "correct config.json or get the files again"
+                f"{self.files.get(f'{name}.weight', self.path)}: {name}.{suffix}",
+                f"shape {shape}" if shape else "no such tensor",
+                f"{size[0]} x {size[1]} channels, as config.json has it",
+                "correct config.json, or get the files again",
             )
 
 

@@ -57,6 +57,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     """
     checkpoint = Checkpoint.open(source)
     quantization, plan = checkpoint.gptq, checkpoint.plan()
+    checkpoint.check_matrices()
     padding = None if pad_to is None else padding_for(plan, pad_to)
     blocks = list(range(plan.sizes.layers))
     shards = [OUTSIDE, *(f"block {i}" for i in blocks)]

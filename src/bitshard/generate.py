@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TextStreamer
+from transformers.utils import logging as transformers_logging
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import SpecError
@@ -58,6 +59,8 @@ def generate(
     Raises PlanError when the degree or strategy does not fit, before any rank starts.
     """
     checkpoint = Checkpoint.open(path)
+    if checkpoint.quantization is not None:
+        checkpoint.check_matrices()
     if tp_size > 1:
         require_degree(checkpoint.plan(), tp_size, strategy)
     if tp_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -66,6 +69,8 @@ def generate(
 
 
 def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strategy: Strategy) -> Generation:
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.disable_progress_bar()  # one bar is enough for all ranks
     if tp_size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
     tokenizer = load_tokenizer(path)

@@ -125,8 +125,13 @@ def _ones(bits: int) -> int:
     return sum(1 << i for i in range(0, 32, bits))
 
 
-def check_shapes(name: str, shapes: Mapping[str, Sequence[int]], spec: QuantSpec) -> tuple[int, int]:
-    """The sizes K and N of a matrix from the shapes of its tensors by suffix; FormatError when they do not fit."""
+def check_shapes(
+    name: str, shapes: Mapping[str, Sequence[int]], spec: QuantSpec, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """The sizes K and N of a matrix from the shapes of its tensors by suffix; FormatError when they do not fit.
+
+    size: K and N as config.json has them, where it does.
+    """
     for suffix in ("qweight", "qzeros", "scales"):
         if suffix not in shapes:
             raise FormatError(
@@ -134,6 +139,13 @@ def check_shapes(name: str, shapes: Mapping[str, Sequence[int]], spec: QuantSpec
             )
     words, n = shapes["qweight"] if len(shapes["qweight"]) == 2 else (0, 0)
     k = words * WORD_BITS // spec.bits
+    if size and k and (k, n) != size:
+        raise FormatError(
+            f"{name}.qweight",
+            f"{k} x {n} channels",
+            f"{size[0]} x {size[1]} channels, as config.json has it",
+            "correct bits or sizes in config.json, or get the files again",
+        )
     groups = ceil(k / spec.group(k)) if k else 0
     expected = {
         "qweight": (packed_length(k, spec.bits), n),

@@ -43,11 +43,10 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
     """
     checkpoint = Checkpoint.open(path)
     checkpoint.check_matrices()
-    layers = checkpoint.plan().sizes.layers
     source = Checkpoint.open(against) if against else None
     source_plan = _plan_of_source(source, checkpoint) if source else None
     checked = equal = 0
-    for layer in progress(range(layers), "verifying"):
+    for layer in progress(range(checkpoint.sizes.layers), "verifying"):
         edit = _expected_edit(source, source_plan, checkpoint, layer) if source and source_plan else None
         for name in matrices_in_block(checkpoint, layer):
             checked += 1

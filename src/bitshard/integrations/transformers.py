@@ -47,7 +47,6 @@ def load(
     """
     checkpoint = Checkpoint.open(path)
     if checkpoint.quantization is not None:
-        checkpoint.plan()
         checkpoint.check_matrices()
     config = load_config(path)
     if dtype is None:
