@@ -26,6 +26,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 ENGINES = {
     "transformers": {"blockwise", "evaluate", "generate", "integrations", "pipeline", "sources", "verify"},
     "huggingface_hub": {"sources"},
+    "accelerate": {"blockwise"},
     "gguf": {"sources"},
     "typer": {"cli"},
     "matplotlib": {"bench", "demo"},

@@ -5,11 +5,11 @@ Shape legend: S segments of L tokens, H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,22 +22,6 @@ from bitshard.solver.hessian import Hessian
 
 class _Stop(Exception):
     """Nothing after this point of the block is of interest."""
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here get parameters without memory, and buffers (rotary frequencies) with their values."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        on_meta = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, on_meta)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class BlockwiseModel:
@@ -160,8 +144,9 @@ def _empty_model(checkpoint: Checkpoint, config_updates: Mapping[str, Any], devi
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for key, value in config_updates.items():
             setattr(config, key, value)
-        with device, _parameters_on_meta():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # parameters without memory, buffers (rotary frequencies) with their values
+        with device, init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise PlanError(
             str(checkpoint.path / "config.json"),

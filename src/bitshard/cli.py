@@ -44,7 +44,6 @@ Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: ho
 
 def main() -> None:
     """Entry point: errors the user can act on become one sentence and exit code 1."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars, once for each rank
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
