@@ -38,6 +38,10 @@ from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
 
+# hidden: what the next block reads, float32 [S, L, H]. solved: a row for each matrix so far, in the plan's order:
+# relative error, damping, dead channels, 1 if no token reached it.
+State = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -142,11 +146,13 @@ def quantize(
     writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.checkpoint.read(job.checkpoint.names_outside_blocks()))
-    report = _quantize_blocks(job, blockwise, tokens_SL, writer, progress)
+    done, state = _resume(job, blockwise, tokens_SL, writer)
+    for layer in progress(range(done, job.sizes.layers), "quantizing"):
+        state = _quantize_block(job, blockwise, writer, layer, state)
     section = {"version": FORMAT_VERSION, "layout": GptqLayout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
     writer.finish(job.checkpoint.path, config, QuantConfig(spec, _layout(spec), (), section))
-    return report
+    return _report(job, out, state["solved"])
 
 
 def _prepare(path: Path, spec: QuantSpec, pad_to: int | None) -> _Job:
@@ -220,24 +226,13 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
     return tokens[: count * length].view(count, length)[chosen]
 
 
-def _quantize_blocks(
-    job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: Writer, progress: Progress
-) -> QuantizeReport:
-    hidden_SLH, solved = model.embed(tokens_SL), torch.empty(0, 4, dtype=torch.float64)
+def _resume(job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: Writer) -> tuple[int, State]:
+    """How many blocks an earlier run finished, and the state that the next one starts from."""
+    hidden_SLH = model.embed(tokens_SL)
     done = _blocks_done(writer, job.sizes.layers)
     if done:
-        state = load_file(writer.partial / _state(done))
-        hidden_SLH, solved = state["hidden"].clone(), state["solved"]
-    for layer in progress(range(done, job.sizes.layers), "quantizing"):
-        tensors = job.read_block(layer)
-        model.load(layer, tensors)
-        rows = _solve_block(job, model, layer, hidden_SLH, tensors)
-        hidden_SLH, solved = model.run(layer, hidden_SLH), torch.cat([solved, rows])
-        model.unload(layer)
-        writer.write_state(_state(layer + 1), {"hidden": hidden_SLH, "solved": solved})
-        writer.write(_shard(layer), tensors)
-        (writer.partial / _state(layer)).unlink(missing_ok=True)
-    return _report(job, writer.out, solved)
+        return done, load_file(writer.partial / _state(done))
+    return 0, {"hidden": hidden_SLH, "solved": torch.empty(0, 4, dtype=torch.float64)}
 
 
 def _shard(layer: int) -> str:
@@ -265,17 +260,13 @@ def _stages(arch: Architecture, sizes: Shapes) -> list[list[tuple[str, ...]]]:
     ]
 
 
-def _solve_block(
-    job: _Job, model: BlockwiseModel, layer: int, hidden_SLH: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """Quantize every matrix of a loaded block, in the model and in `tensors` (there packed).
-
-    Returns a row for each, in the plan's order: relative error, damping, dead channels, 1 if no token reached it.
-    """
-    arch, layout = model.arch, _layout(job.spec)
+def _quantize_block(job: _Job, model: BlockwiseModel, writer: Writer, layer: int, state: State) -> State:
+    """Quantize every matrix of one block, write its shard, and return the state that the next block starts from."""
+    arch, layout, tensors = model.arch, _layout(job.spec), job.read_block(layer)
     rows: dict[str, list[float]] = {}
+    model.load(layer, tensors)
     for stage in _stages(arch, job.sizes):
-        hessians = model.hessians(layer, hidden_SLH, [names[0] for names in stage])
+        hessians = model.hessians(layer, state["hidden"], [names[0] for names in stage])
         for names, hessian in zip(stage, hessians, strict=True):
             H_KK = hessian.matrix()
             for name in names:
@@ -283,10 +274,15 @@ def _solve_block(
                 weight, report = gptq(linear.weight, H_KK, job.spec, full)
                 linear.weight.copy_(weight.dequantize().T)
                 del tensors[f"{full}.weight"]
-                packed = layout.pack(weight)
-                tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+                tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in layout.pack(weight).items()}
                 rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count]
-    return torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
+    solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
+    state = {"hidden": model.run(layer, state["hidden"]), "solved": torch.cat([state["solved"], solved])}
+    model.unload(layer)
+    writer.write_state(_state(layer + 1), state)
+    writer.write(_shard(layer), tensors)
+    (writer.partial / _state(layer)).unlink(missing_ok=True)
+    return state
 
 
 def _report(job: _Job, out: Path, solved: torch.Tensor) -> QuantizeReport:
