@@ -5,7 +5,9 @@ matrices before it, so that down's groups come out consecutive and nothing is ga
 through v where the order stays inside each KV group; what does not is left as it is and reported with its cost. Inputs
 that come from the residual stream (q, k, v, gate, up) keep their `g_idx`: a local gather of a replicated activation.
 
-Memory: one decoder block's packed tensors, and one of its matrices unpacked to a byte per code.
+Memory: up to three times the packed tensors of one decoder block (as read, as written, and copies of one matrix at a
+byte per code), as much again where malloc keeps what is freed, and 24 bytes for each MLP channel of each block to hold
+its order. What stays as it is, such as the embedding, is mapped from its file: memory that the system can take back.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,16 @@ class Writer:
                 str(self.partial), f"a folder without {TASK}, so not an earlier run's", "no such folder",
                 "move it away, or choose another output name",
             )  # fmt: skip
-        self._descriptor = self._lock()
-        same = os.pread(self._descriptor, len(task) + 1, 0) == task
+        descriptor = os.open(self.partial / TASK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        self._lock(descriptor)
+        same = os.pread(descriptor, len(task) + 1, 0) == task
         for path in self.partial.iterdir():
-            if path.name != TASK and (not same or path.suffix == ".tmp"):
+            if path.name != TASK and (not same or ".tmp" in path.name):
                 path.unlink()
         if not same:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, task, 0)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, task, 0)
 
     def _is_ours(self) -> bool:
         """True for a folder that a run began, or that one finished and died before giving it its name."""
@@ -70,9 +73,8 @@ class Writer:
         side = self.partial / "quantize_config.json"
         return not found or TASK in found or (side.name in found and "bitshard" in read_json(side))
 
-    def _lock(self) -> int:
-        """A descriptor of the task's file, locked against other processes until it is closed or this one ends."""
-        descriptor = os.open(self.partial / TASK, os.O_RDWR | os.O_CREAT, 0o666)
+    def _lock(self, descriptor: int) -> None:
+        """Keep other processes out until the descriptor is closed or this process ends."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -82,7 +84,6 @@ class Writer:
                     "wait for it, or choose another output name",
                 ) from None  # fmt: skip
             # a network file system without locks: there it is the user who must not start two runs
-        return descriptor
 
     def has(self, shard: str) -> bool:
         """True when an earlier run finished this shard."""
@@ -99,6 +100,7 @@ class Writer:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
             _sort_metadata(temporary)
+            shutil.copymode(self.partial / TASK, temporary)  # safetensors makes files that only their owner reads
             temporary.rename(self.partial / file_name)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -123,7 +125,7 @@ class Writer:
                     path.unlink()
             (self.partial / TASK).unlink()  # not before all else is done: it says whose folder this is
             self.partial.rename(self.out)
-            os.close(self._descriptor)
+            self._unlock()
         except (OSError, SafetensorError) as error:
             raise self._failure(error) from None
 
