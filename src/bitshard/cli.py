@@ -348,8 +348,8 @@ def demo(
     from bitshard.demo import run_label
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
-    names = ("run", "tokens/s", "AllReduce", "AllGather", "bytes", "weights/rank")
-    table = _columns(f"{report.model}; collectives and bytes are per token", *names, left=["run"])
+    names = ("run", "tokens/s", "AllReduce", "AllGather", "bytes", "weights")
+    table = _columns(f"{report.model}; collectives per token, weights per rank", *names, left=["run"])
     for one in report.runs:
         calls = [str(one.traffic.calls.get(name, 0)) for name in ("AllReduce", "AllGather")]
         sizes = _size(one.traffic.total_bytes), _size(one.weight_bytes_per_rank)
