@@ -85,6 +85,16 @@ def sharded(folder: Path, count: int = 3) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
 
 
+def merged(folder: Path) -> None:
+    """The opposite of `sharded`."""
+    whole = {}
+    for shard in folder.glob("*.safetensors"):
+        whole |= load_file(shard)
+        shard.unlink()
+    (folder / INDEX).unlink()
+    save_file(whole, folder / WEIGHTS, {"format": "pt"})
+
+
 def steps(*changes: Change) -> Change:
     """One change after the other."""
 

@@ -32,10 +32,12 @@ HELP = """Low-bit language models, ordered so that tensor parallelism costs noth
 
 Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
 INTERRUPTED = 130
+MAX_SEED = 2**32 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
 app.add_typer(bench_app, name="bench")
-out_console, err_console = Console(), Console(stderr=True)
+# names and texts of others are printed as they are: a bracket or a colon in them is no markup
+out_console, err_console = (Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strategy = Annotated[str, typer.Option(help="How ranks meet: naive, local-sort or tp-aware.")]
@@ -121,7 +123,7 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="Text, or JSON lines with `text`.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
-    seed: Annotated[int, typer.Option(help="0: the first segments; else a random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="0: the first segments; else a random choice.", min=0, max=MAX_SEED)] = 0,
     pad_to: Annotated[int | None, typer.Option(help="Zero-pad until this degree is legal; 1 for odd sizes.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -305,7 +307,7 @@ def generate(
     strategy: Strategy = "tp-aware",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.", min=0, max=MAX_SEED)] = 0,
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
     as_json: Json = False,
 ) -> None:

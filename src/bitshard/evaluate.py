@@ -11,8 +11,10 @@ import torch
 
 from bitshard.checkpoint import reason
 from bitshard.errors import CheckpointError, SpecError
-from bitshard.integrations.transformers import load, load_tokenizer
+from bitshard.integrations.transformers import load, load_tokenizer, require_tokens
 from bitshard.progress import Progress, silent
+
+LARGEST_LOSS = 700  # its exp is still a float; a uniform guess costs 12
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def perplexity(
             f"at least {max(wanted, 1)}",
             "use a longer text, a shorter --context or fewer --windows",
         )
+    require_tokens(model, torch.tensor(ids), context)
     start, total = time.perf_counter(), 0.0
     with torch.no_grad():
         for i in progress(range(wanted), "evaluating"):
@@ -60,4 +63,8 @@ def perplexity(
             logits = model(window, use_cache=False).logits[0, :-1].float()
             total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
     tokens = wanted * (context - 1)
+    if not total / tokens < LARGEST_LOSS:
+        raise CheckpointError(
+            str(path), f"a mean loss of {total / tokens:g}", f"a number below {LARGEST_LOSS}", "check the model"
+        )
     return Perplexity(math.exp(total / tokens), context, wanted, tokens, time.perf_counter() - start)

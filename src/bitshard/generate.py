@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import SpecError
-from bitshard.integrations.transformers import load, load_tokenizer, require_degree
+from bitshard.integrations.transformers import load, load_tokenizer, require_degree, require_tokens
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
 
 
@@ -32,7 +33,7 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise SpecError("max_new_tokens", str(self.max_new_tokens), "1 or more", "ask for at least one token")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise SpecError("temperature", str(self.temperature), "0 or more", "choose 0 for greedy decoding")
 
 
@@ -76,6 +77,7 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
     tokenizer = load_tokenizer(path)
     model = load(path, tp_size, strategy)
     inputs = _encode(tokenizer, prompt, options.chat).to(model.device)
+    require_tokens(model, inputs["input_ids"], inputs["input_ids"].shape[1] + options.max_new_tokens)
     torch.manual_seed(options.seed)  # the same on every rank, so that they all draw the same tokens
     first_rank = not dist.is_initialized() or dist.get_rank() == 0
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitshard.checkpoint import INDEX, Checkpoint, read_json
+from bitshard.errors import SpecError
 from bitshard.models import architecture, shapes
 from bitshard.plan import CANDIDATE_DEGREES, TPPlan, padding_for
 from bitshard.spec import QuantSpec
@@ -49,6 +50,8 @@ def plan_model(path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s:
 
     Only config.json is needed of a 16-bit model. gb_per_s: memory bandwidth of one device, for the floor.
     """
+    if gb_per_s is not None and not gb_per_s > 0:
+        raise SpecError("gb_per_s", str(gb_per_s), "more than 0", "give the device's bandwidth, or leave it out")
     plan, spec = _plan(path, spec)
     parameters = sum(
         linear.in_features * linear.out_features

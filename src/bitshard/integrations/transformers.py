@@ -29,7 +29,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import CheckpointError, PlanError
+from bitshard.errors import CheckpointError, PlanError, SpecError
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, QuantLinear, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
@@ -104,6 +104,25 @@ def load_tokenizer(path: Path) -> Any:
             "tokenizer.json beside the weights",
             "copy it there",
         ) from None
+
+
+def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> None:
+    """Raise an error unless the model can read these token ids, and as many as `length` in a row."""
+    size, longest = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", length),
+    )
+    if ids.numel() == 0:
+        raise SpecError("text", "no tokens", "one or more", "write something")
+    if int(ids.max()) >= size:
+        raise CheckpointError(
+            "tokenizer.json",
+            f"token {int(ids.max())}",
+            f"0 to {size - 1}, as the model has them",
+            "copy the model's own",
+        )
+    if length > longest:
+        raise SpecError("length", f"{length} tokens", f"{longest}, the model's longest", "ask for less")
 
 
 def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
