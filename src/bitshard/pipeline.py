@@ -231,7 +231,8 @@ def _resume(job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: W
     hidden_SLH = model.embed(tokens_SL)
     done = _blocks_done(writer, job.sizes.layers)
     if done:
-        return done, load_file(writer.partial / _state(done))
+        # cloned: where a mapped tensor lies, and so the last bit of a product, differs from the uninterrupted run's
+        return done, {name: tensor.clone() for name, tensor in load_file(writer.partial / _state(done)).items()}
     return 0, {"hidden": hidden_SLH, "solved": torch.empty(0, 4, dtype=torch.float64)}
 
 
