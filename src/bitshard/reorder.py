@@ -27,7 +27,7 @@ def attention_order(g_idx_K: torch.Tensor, sizes: Shapes, group: int) -> torch.T
     """The order of an output projection's input channels that v can produce, or None when none makes it regular.
 
     Free: one permutation of `head_dim` for each KV head, the same in every query head that shares it, because v is made
-    once and repeated (design.md 2). The order sorts all those query heads at once where that is possible, which a
+    once and repeated. The order sorts all those query heads at once where that is possible, which a
     lexicographic sort finds; it is returned only if every group is then a run of consecutive channels.
     """
     heads = g_idx_K.view(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.head_dim)
