@@ -191,14 +191,16 @@ def _check_spec(job: _Job) -> None:
     word = codes_per_pack(spec.bits)
     for name, linear in replace(job.plan, sizes=job.sizes).linears(0):
         k, n = linear.in_features, linear.out_features
-        padding = " or zero-pad the model (`--pad-to 1`)" if job.padding is None else ""
         for size, what, unit, unit_name, fix in (
-            (k, "input", spec.group(k), "groups", "choose a group_size that divides it, for example 32 or -1,"),
+            (k, "input", spec.group(k), "groups", "choose a group_size that divides it, for example 32 or -1"),
             (k, "input", word, f"words of {spec.bits}-bit codes", "choose other bits"),
             (n, "output", word, f"words of {spec.bits}-bit zeros", "choose other bits"),
         ):
+            # what lies between two matrices can be padded, the residual stream cannot
+            padded = job.padding is None and (what == "input") == (linear.role == "row")
             if size % unit:
-                raise SpecError(name, f"{size} {what} channels", f"whole {unit_name}, of {unit}", fix + padding)
+                fix += " or zero-pad the model (`--pad-to 1`)" if padded else ""
+                raise SpecError(name, f"{size} {what} channels", f"whole {unit_name}, of {unit}", fix)
 
 
 def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> torch.Tensor:
