@@ -276,6 +276,12 @@ def test_every_verb_refuses(verb: str, folder: Path, tmp_path: Path) -> None:
     assert "in: found a file; allowed: a folder" in refusal(verb, folder, *rest)
 
 
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_groups_are_checked_where_only_they_are_read(verb: str, folder: Path) -> None:
+    tensors({f"{DOWN}.g_idx": groups(15, 17, *[16] * 6)})(folder)
+    assert f"{DOWN}.g_idx: found groups of 15 to 17 channels" in refusal(verb, folder)
+
+
 @pytest.mark.parametrize("verb", ["inspect", "verify", "generate"])
 def test_values_are_checked_where_codes_are_used(verb: str, folder: Path) -> None:
     """inspect reads headers and groups; what runs or checks a model looks at every scale."""

@@ -159,6 +159,7 @@ def test_another_task_starts_clean(change: str, source: Path, tmp_path: Path, mo
     own, out = Path(shutil.copytree(source, tmp_path / "in")), tmp_path / "out"
     with dies_after(3, monkeypatch):
         convert(own, out)
+    left = stamps(tmp_path / "out.partial")
     pad_to = 32 if change == "padding" else None
     if change == "weights":
         name = "model.layers.0.self_attn.q_proj.qweight"
@@ -168,6 +169,11 @@ def test_another_task_starts_clean(change: str, source: Path, tmp_path: Path, mo
     convert(own, out, pad_to)
     convert(own, tmp_path / "fresh", pad_to)
     assert digest(out) == digest(tmp_path / "fresh")
+    assert len(left) == 3 and not left & stamps(out)
+
+
+def stamps(folder: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("model-*.safetensors")}
 
 
 @pytest.mark.parametrize("written", [0, 1, 3])
