@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HELP = """Low-bit language models, ordered so that tensor parallelism costs nothing at run time.
 
-Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-INTERRUPTED = 130
+Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage."""
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_SEED = 2**32 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
@@ -52,14 +52,14 @@ def main() -> None:
     except BitshardError as error:
         _fail(f"{type(error).__name__}: {error}")
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer's way to pass on Ctrl-C
-            _fail("interrupted; what was finished is kept: run the same command again to go on", INTERRUPTED)
+        if end.code == INTERRUPTED:
+            _fail("interrupted; what was finished is kept: run the same command again to go on")
         raise
 
 
-def _fail(sentence: str, code: int = 1) -> None:
+def _fail(sentence: str) -> None:
     print(f"bitshard: {sentence}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(1)
 
 
 def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
