@@ -350,7 +350,7 @@ def demo(
     from bitshard.demo import run_label
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
-    names = ("run", "tokens/s", "AllReduce", "AllGather", "bytes", "weights")
+    names = ("run", "tok/s", "AllReduce", "AllGather", "bytes", "weights")
     table = _columns(f"{report.model}; collectives per token, weights per rank", *names, left=["run"])
     for one in report.runs:
         calls = [str(one.traffic.calls.get(name, 0)) for name in ("AllReduce", "AllGather")]
