@@ -39,6 +39,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "head_dim": 16},
     "granite": {**LLAMA, "tie_word_embeddings": True},
     "glm": {**LLAMA, "head_dim": 16},
+    "gemma3_text": {
+        **LLAMA,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_bigcode": {
         "n_embd": 64,

@@ -51,6 +51,7 @@ class Mlp:
 
     parts: how many hidden vectors lie side by side in the columns of each column matrix (2 for a fused gate_up_proj).
     experts: path of one expert with `{e}` for its number, or "" for a dense MLP; `column` and `row` are relative to it.
+    router: the matrix that chooses the experts, from what `norm` feeds.
     """
 
     norm: str
@@ -58,6 +59,7 @@ class Mlp:
     row: str
     parts: int = 1
     experts: str = ""
+    router: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ ARCHITECTURES = (
         mlp=Mlp(norm="post_attention_layernorm", column=("mlp.gate_up_proj",), row="mlp.down_proj", parts=2),
     ),
     Architecture(
+        model_types=("gemma3_text",),
+        attention=LLAMA_ATTENTION,
+        mlp=Mlp(norm="pre_feedforward_layernorm", column=("mlp.gate_proj", "mlp.up_proj"), row="mlp.down_proj"),
+    ),
+    Architecture(
         model_types=("mixtral",),
         attention=LLAMA_ATTENTION,
         mlp=Mlp(
@@ -134,6 +141,7 @@ ARCHITECTURES = (
             column=("w1", "w3"),
             row="w2",
             experts="block_sparse_moe.experts.{e}",
+            router="block_sparse_moe.gate",
         ),
         renames=((".block_sparse_moe.", ".mlp."),),
     ),
