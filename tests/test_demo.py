@@ -7,7 +7,7 @@ import pytest
 
 from bitshard.convert import convert
 from bitshard.demo import demo
-from bitshard.evaluate import perplexity
+from bitshard.evaluate import TextOptions, evaluate
 from bitshard.generate import GenerateOptions, generate
 from bitshard.parallel import STRATEGIES
 from bitshard.pipeline import Calibration, quantize
@@ -27,8 +27,9 @@ def test_stories260k(stories: Path, tmp_path: Path) -> None:
     report = convert(tmp_path / "gptq", tmp_path / "tp")
     assert report.mlps_reordered == 5 and 4 in report.degrees
     assert verify(tmp_path / "tp", tmp_path / "gptq").equal_matrices
-    before, after = (perplexity(tmp_path / name, text, 64, 4).perplexity for name in ("gptq", "tp"))
-    assert after == pytest.approx(before, rel=1e-5)
+    windows = TextOptions(text, context=64, windows=4)
+    before, after = (evaluate(tmp_path / name, windows).text for name in ("gptq", "tp"))
+    assert before and after and after.perplexity == pytest.approx(before.perplexity, rel=1e-5)
     options = GenerateOptions(max_new_tokens=24, chat=False)
     runs = [generate(tmp_path / "tp", "Once upon a time", options, tp_size) for tp_size in (1, 4)]
     assert runs[0].token_ids == runs[1].token_ids and "Lily" in runs[0].text

@@ -28,6 +28,7 @@ ENGINES = {
     "huggingface_hub": {"sources"},
     "accelerate": {"blockwise"},
     "gguf": {"sources"},
+    "lm_eval": {"evaluate"},
     "typer": {"cli"},
     "matplotlib": {"bench", "demo"},
 }

@@ -24,6 +24,7 @@ from rich.table import Table
 from bitshard.errors import BitshardError
 
 if TYPE_CHECKING:
+    from bitshard.evaluate import Perplexity
     from bitshard.inspection import Inspection, MatrixInfo
     from bitshard.planning import ModelPlan
 
@@ -283,20 +284,59 @@ def verify(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id, GPTQ or 16-bit.")],
-    text: Annotated[Path, typer.Option(help="Text file to predict.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id, quantized or 16-bit.")],
+    text: Annotated[Path | None, typer.Option(help="Text, or JSON lines with `text`, to predict.")] = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; --context if left out.")] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows; all that fit if left out.")] = None,
+    against: Annotated[str | None, typer.Option(help="Reference for KL divergence: the 16-bit model.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; all if left out.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more lm-eval tasks.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text, with the context length it was measured at."""
-    from bitshard.evaluate import perplexity
+    """Perplexity on a text, divergence from the 16-bit model, and lm-eval tasks: --text, --tasks or both."""
+    from bitshard.evaluate import TaskOptions, TextOptions
+    from bitshard.evaluate import evaluate as run
     from bitshard.sources import resolve
 
-    report = perplexity(resolve(checkpoint), text, context, windows, _progress)
-    where = f"context {report.context}, {report.windows} windows, {report.tokens} tokens"
-    line = f"perplexity {report.perplexity:.4f} ({where})"
-    _emit(report, as_json, line)
+    if text is None and tasks is None:
+        raise typer.BadParameter("name a text, tasks or both", param_hint="--text, --tasks")
+    if text is None and against is not None:
+        raise typer.BadParameter("is measured on a --text", param_hint="--against")
+    path, reference = resolve(checkpoint), None if against is None else resolve(against)
+    text_options = None if text is None else TextOptions(text, context, stride, windows, reference)
+    task_options = None if tasks is None else TaskOptions(tasks.split(","), limit, include_path)
+    report = run(path, text_options, task_options, _progress)
+    lines: list[str | Table] = []
+    if report.text:
+        lines += _perplexity_lines(report.text, against)
+    if report.tasks:
+        table = _columns(None, "task", "metric", "value", "+/-", "documents", "shots", left=["task", "metric"])
+        for score in report.tasks:
+            error = "-" if score.standard_error is None else f"{score.standard_error:.4f}"
+            counts = ["-" if count is None else str(count) for count in (score.documents, score.shots)]
+            table.add_row(score.task, score.metric, f"{score.value:.4f}", error, *counts)
+        lines.append(table)
+    _emit(report, as_json, *lines)
+
+
+def _perplexity_lines(report: Perplexity, against: str | None) -> list[str]:
+    spread = "" if report.standard_error is None else f" +/- {report.standard_error:.4f}"
+    where = (
+        f"context {report.context}, stride {report.stride}, {report.windows} windows, {report.tokens} tokens, "
+        f"{report.seconds:.1f} s"
+    )
+    lines = [f"perplexity {report.perplexity:.4f}{spread} ({where})"]
+    if report.divergence:
+        d = report.divergence
+        quantiles = f"median {d.median_kl:.5f}, 99 % {d.kl_quantile_99:.5f}"
+        lines += [
+            f"{against}: perplexity {d.reference_perplexity:.4f} on the same tokens",
+            f"KL divergence from it {d.mean_kl:.5f} nats per token ({quantiles})",
+            f"same most likely token {d.top1_agreement:.2%}",
+        ]
+    return lines
 
 
 @app.command()

@@ -32,22 +32,28 @@ def resolve(model: str) -> Path:
 
 
 def calibration_text(path: Path | None) -> str:
-    """Plain text, or the `text` fields of JSON lines (.jsonl, .json); None: wiki text of the installed `exllamav3`.
-
-    Raises CheckpointError when there is no such file or it has no text.
-    """
+    """The text of a file as `read_text` has it; None: wiki text of the installed `exllamav3`."""
     if path is None:
         path = _packaged(
             CALIBRATION_PACKAGE, CALIBRATION_FILE, "pass a text with --calibration FILE, or install the package"
         )
+    return read_text(path, "--calibration")
+
+
+def read_text(path: Path, option: str) -> str:
+    """Plain text, or the `text` fields of JSON lines (.jsonl, .json); `option` is what the user named the file with.
+
+    Raises CheckpointError when it is neither.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".jsonl", ".json"):
             text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
     except (OSError, ValueError, KeyError, TypeError) as error:
+        says = error.strerror if isinstance(error, OSError) else None
         raise CheckpointError(
-            str(path), f"{type(error).__name__}: {error}", "UTF-8 text, or JSON lines with a `text` field each",
-            "pass another file with --calibration FILE",
+            str(path), says or f"{type(error).__name__}: {error}",
+            "UTF-8 text, or JSON lines with a `text` field each", f"pass another file with {option} FILE",
         ) from None  # fmt: skip
     return text
 
