@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitshard"
 LAYERS = (
     ("errors", "progress"),
     ("spec",),
-    ("bitpack", "models", "quantized"),
+    ("bitpack", "mixed", "models", "quantized"),
     ("plan", "reorder", "layout"),
     ("quantconfig",),
     ("edit", "checkpoint", "sources", "solver", "kernels", "parallel"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import ceil, gcd
 
 from bitshard.errors import SpecError
 
 GPTQ_BITS = (2, 3, 4, 8)
+FRACTIONS = (0.0, 0.25, 0.5, 1.0)
+METADATA = ("fine", "paper")
+STRIP = 16  # input channels that share one scale and zero in `mix64` (g1 of 2311.16442)
+BLOCK = 64  # input channels of one aligned 128-bit load: four strips
 WORD_BITS = 32  # GPTQ packs codes into int32 words
 
 
@@ -55,3 +59,69 @@ class QuantSpec:
     def group(self, in_features: int) -> int:
         """Group length in channels for a weight of `in_features` input channels."""
         return in_features if self.group_size == -1 else self.group_size
+
+
+@dataclass(frozen=True)
+class MixSpec:
+    """How one weight is stored in `mix64`: strips of 16 input channels, four to a block of 64, every block alike.
+
+    bits: width of the plain strips, 2, 3, 4 or 8. fraction_4bit: share of 4-bit strips in each block, 0, 1/4, 1/2 or 1;
+    they come first. metadata: "fine" (a 4-bit scale code and a 2-bit zero code for every strip of every row) or "paper"
+    (2311.16442: 3, 3 and 4-bit scale codes of the 2-bit strips; a 16-bit scale and 4-bit zero per row for 4-bit ones).
+    """
+
+    bits: int = 2
+    fraction_4bit: float = 0.25
+    metadata: str = "fine"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in GPTQ_BITS:
+            raise SpecError("bits", repr(self.bits), "2, 3, 4 or 8", "choose one of these widths")
+        if self.fraction_4bit not in FRACTIONS:
+            raise SpecError(
+                "fraction_4bit",
+                repr(self.fraction_4bit),
+                "0, 0.25, 0.5 or 1",
+                "choose how many strips of four have 4 bits",
+            )
+        if self.fraction_4bit and self.bits != 2:
+            raise SpecError(
+                "fraction_4bit", f"{self.fraction_4bit:g} with bits {self.bits}", "4-bit strips among 2-bit ones",
+                "use bits 2, or a fraction of 0",
+            )  # fmt: skip
+        if self.metadata not in METADATA:
+            raise SpecError("metadata", repr(self.metadata), "fine or paper", "choose one of them")
+        if self.metadata == "paper" and self.widths != (4, 2, 2, 2):
+            raise SpecError(
+                "metadata", f"paper with strips of {self.widths} bits", "one 4-bit and three 2-bit strips in a block",
+                "use a fraction of 0.25, or metadata fine",
+            )  # fmt: skip
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Bits of the four strips of every block."""
+        wide = int(4 * self.fraction_4bit)
+        first, second, third, fourth = (4,) * wide + (self.bits,) * (4 - wide)
+        return first, second, third, fourth
+
+    @property
+    def tile(self) -> int:
+        """Output channels that share the second-order scales of a strip; 256 is the paper's g2."""
+        return 256 if self.metadata == "paper" else 64
+
+    @property
+    def extra_words(self) -> int:
+        """32-bit words of a row's block beyond the four of the main array."""
+        return (sum(self.widths) - 8) // 2
+
+    def blocks(self, in_features: int) -> int:
+        """Blocks of a weight with this many input channels; the last one is filled up with zeros."""
+        return ceil(in_features / BLOCK)
+
+    def tiles(self, out_features: int) -> int:
+        return ceil(out_features / self.tile)
+
+
+def zero_base(width: int) -> int:
+    """The zero point that zero code 0 stands for: a strip's zero is this plus its 2-bit code, the middle being 2."""
+    return (1 << (width - 1)) - 2
