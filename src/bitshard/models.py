@@ -69,6 +69,10 @@ class Architecture:
     requires: config.json settings without which this row would be wrong. multi_query: one KV head when none is named.
     local_attributes: integers of the attention module that a rank must hold divided by the number of ranks, for the
     models whose forward does not read its sizes off the tensors.
+
+    What has the channels of the residual stream follows from the roles: the inputs of column matrices and of a router,
+    the outputs and biases of row matrices, every module right below a block (a norm), and outside the blocks the last
+    dimension of every weight (embeddings, the final norm, lm_head). Norms inside attention are not on the stream.
     """
 
     model_types: tuple[str, ...]
