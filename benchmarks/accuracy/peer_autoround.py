@@ -1,0 +1,50 @@
+"""AutoRound's rows: runs in a virtual environment that holds auto-round==0.16.1 and torch==2.13.0.
+
+    python peer_autoround.py MODEL SEGMENTS OUT --bits 2 --group-size 32 --iters 200
+
+MODEL: a 16-bit folder. SEGMENTS: JSON, a list of lists of token ids. In fp32 without mixed precision (bf16 is slow on a
+CPU); otherwise its defaults: symmetric, batches of 8, SignSGD on rounding and ranges. Writes GPTQ's format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from auto_round import AutoRound
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("segments", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--iters", type=int, default=200)
+    arguments = parser.parse_args()
+    segments = torch.tensor(json.loads(arguments.segments.read_text()))
+    calibration = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in segments]
+    model = AutoModelForCausalLM.from_pretrained(arguments.model.resolve(), dtype=torch.float32)
+    rounder = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(arguments.model.resolve()),
+        bits=arguments.bits,
+        group_size=arguments.group_size,
+        sym=True,
+        iters=arguments.iters,
+        dataset=calibration,
+        nsamples=len(segments),
+        seqlen=segments.shape[1],
+        batch_size=8,
+        amp=False,
+        device_map="cpu",
+    )
+    rounder.quantize_and_save(str(arguments.out), format="auto_gptq")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Measure rows of the accuracy tables: one JSON file per row in benchmarks/results/accuracy.
+
+    python benchmarks/accuracy/run.py --model smollm2=SmolLM2.gguf --rows 16-bit,gptq-3,Q2_K-padded
+    python benchmarks/accuracy/run.py --model smollm2=SmolLM2.gguf --checkpoint ours-2.9=OUT
+
+Every row is evaluated by `bitshard.evaluate` in fp32 on the dequantized weights, on the first 20 windows of 1,024
+tokens of each text; KL and top-1 agreement against the 16-bit model on the wiki windows. Other programs' rows need
+their own virtual environments (README.md); what they make is kept under --work and reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGMLQuantizationType
+from kquants import Ggml, importance, read_linears
+from transformers import PreTrainedModel
+
+from bitshard.bench.report import header
+from bitshard.checkpoint import Checkpoint
+from bitshard.evaluate import perplexity, text_windows
+from bitshard.integrations.transformers import load, load_tokenizer
+from bitshard.sources import resolve
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "accuracy"
+SAMPLES, LENGTH = 64, 512  # of calibration
+CONTEXT, WINDOWS = 1024, 20  # of evaluation
+UNCOUNTED = ("bias", "g_idx")  # a bias is 16-bit in every row; g_idx is left out in favour of those who need it
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row's model, ready to evaluate. nbytes: of the blocks' matrices."""
+
+    model: PreTrainedModel
+    nbytes: int
+    details: Mapping[str, Any]
+
+
+class Subject:
+    """One 16-bit model and what every row of its table shares."""
+
+    def __init__(self, name: str, path: Path, arguments: argparse.Namespace) -> None:
+        self.name, self.path, self.arguments = name, path, arguments
+        self.folder = resolve(str(path))
+        self.tokenizer = load_tokenizer(self.folder)
+        plan = Checkpoint.open(self.folder).plan()
+        self.linears = {
+            name: (linear.out_features, linear.in_features)
+            for layer in range(plan.sizes.layers)
+            for name, linear in plan.linears(layer)
+        }
+        self.weights = sum(n * k for n, k in self.linears.values())
+        self.group_size = 128 if all(k % 128 == 0 for _, k in self.linears.values()) else 64
+
+    def text_file(self, name: str) -> Path:
+        return Path(self.arguments.texts / f"{name}.txt")
+
+    def text(self, name: str) -> str:
+        return self.text_file(name).read_text(encoding="utf-8")
+
+    def work(self, name: str) -> Path:
+        self.arguments.work.mkdir(parents=True, exist_ok=True)
+        return Path(self.arguments.work / f"{self.name}-{name}")
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        return load(self.folder)
+
+    @cached_property
+    def segments_SL(self) -> torch.Tensor:
+        """The calibration segments, int64 [64, 512]; each begins with the tokenizer's first token, if it has one."""
+        first = self.tokenizer("")["input_ids"][:1]
+        size = LENGTH - len(first)
+        ids = self.tokenizer(self.text("mix"), add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor([first + ids[i * size : (i + 1) * size] for i in range(SAMPLES)])
+
+    @cached_property
+    def importance(self) -> dict[str, torch.Tensor]:
+        return importance(self.reference, list(self.linears), self.segments_SL)
+
+    def peer(self, option: str, script: str, arguments: Sequence[object], out: Path) -> Path:
+        """What another program makes in its own environment, unless it is there."""
+        python = getattr(self.arguments, option)
+        if not out.exists():
+            if python is None:
+                raise SystemExit(f"this row needs --{option.replace('_', '-')} PYTHON; README.md says how to make it")
+            subprocess.run([python, str(HERE / script), *map(str, arguments)], check=True)
+        return out
+
+    def segments_file(self) -> Path:
+        path = self.work("segments.json")
+        path.write_text(json.dumps(self.segments_SL.tolist()))
+        return path
+
+    def with_weights(self, weights: Mapping[str, torch.Tensor], nbytes: int, **details: Any) -> Made:
+        """The 16-bit model with other matrices in its blocks, [N, K] each."""
+        assert weights.keys() == self.linears.keys()
+        model = load(self.folder)
+        with torch.no_grad():
+            for name, weight_NK in weights.items():
+                model.get_parameter(f"{name}.weight").copy_(weight_NK)
+        return Made(model, nbytes, details)
+
+
+def source(subject: Subject) -> Made:
+    return Made(subject.reference, 2 * subject.weights, {})
+
+
+def checkpoint(subject: Subject, folder: Path) -> Made:
+    """A folder that bitshard reads: its own, or another program's GPTQ file."""
+    return Made(load(folder), _nbytes(folder, subject), {"quantization_config": _quantization_config(folder)})
+
+
+def gptq(subject: Subject, bits: int) -> Made:
+    out = subject.work(f"gptq-{bits}")
+    arguments = [
+        subject.folder,
+        subject.segments_file(),
+        out,
+        "--bits",
+        str(bits),
+        "--group-size",
+        str(subject.group_size),
+    ]
+    return checkpoint(subject, subject.peer("gptqmodel", "peer_gptqmodel.py", arguments, out))
+
+
+def autoround(subject: Subject, bits: int, group_size: int | None = None) -> Made:
+    group_size = group_size or subject.group_size
+    out = subject.work(f"autoround-{bits}-g{group_size}")
+    arguments = [subject.folder, subject.segments_file(), out, "--bits", str(bits), "--group-size", str(group_size)]
+    return checkpoint(subject, subject.peer("auto_round", "peer_autoround.py", arguments, out))
+
+
+def llama_file(subject: Subject, kind: str) -> Made:
+    """The blocks' matrices of the file that llama.cpp makes of the source file; the rest of the model stays 16-bit."""
+    if subject.path.suffix != ".gguf":
+        raise SystemExit(f"{subject.path}: llama.cpp's rows need the model's .gguf file")
+    out = subject.work(f"{kind}.gguf")
+    weights, nbytes, kinds = read_linears(
+        subject.peer("llama", "peer_llama.py", [subject.path, out, "--type", kind], out)
+    )
+    return subject.with_weights(weights, nbytes, types=kinds, llama_cpp_python=_llama_version(subject.arguments.llama))
+
+
+def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
+    """Every matrix of the blocks in one K-quant type, K zero-padded to whole blocks of 256."""
+    ggml = Ggml(_ggml_library(subject.arguments.llama))
+    weights, total, slots = {}, 0, 0
+    for name, (n, k) in subject.linears.items():
+        weight_NK = subject.reference.get_parameter(f"{name}.weight").detach()
+        weights[name], nbytes = ggml.quantized(weight_NK, kind, subject.importance[name] if imatrix else None)
+        total += nbytes
+        slots += n * (k + -k % 256)
+    return subject.with_weights(
+        weights, total, bits_of_padded=8 * total / slots, llama_cpp_python=_llama_version(subject.arguments.llama)
+    )
+
+
+ROWS: dict[str, Callable[[Subject], Made]] = {
+    "16-bit": source,
+    **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
+    "autoround-2-g32": partial(autoround, bits=2, group_size=32),
+    "autoround-2-g64": partial(autoround, bits=2, group_size=64),
+    "autoround-3": partial(autoround, bits=3),
+    **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
+    **{
+        f"{kind}-padded{suffix}": partial(padded, kind=GGMLQuantizationType[kind], imatrix=bool(suffix))
+        for kind in ("Q2_K", "Q3_K")
+        for suffix in ("", "-imatrix")
+    },
+}
+
+
+def measure(subject: Subject, row: str, make: Callable[[Subject], Made], texts: list[str]) -> dict[str, Any]:
+    """One row: what was made, its bits from the bytes, and every text's numbers."""
+    made = make(subject)
+    results = {}
+    for name in texts:
+        windows = text_windows(subject.tokenizer, subject.text(name), CONTEXT, count=WINDOWS, where=name)
+        against = subject.reference if name == "wiki" and row != "16-bit" else None
+        results[name] = asdict(perplexity(made.model, windows, against))
+        results[name]["sha256"] = sha256(subject.text_file(name))
+        print(f"{subject.name} {row} {name}: {results[name]['perplexity']:.3f}", flush=True)
+    return {
+        "benchmark": "accuracy",
+        "header": {**header("cpu"), "transformers": transformers.__version__},
+        "model": subject.name,
+        "row": row,
+        "bits": 8 * made.nbytes / subject.weights,
+        "source_sha256": sha256(subject.path) if subject.path.is_file() else None,
+        "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": SAMPLES, "length": LENGTH},
+        "texts": results,
+        "details": dict(made.details),
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _nbytes(folder: Path, subject: Subject) -> int:
+    """Bytes of all tensors of the blocks' matrices, but biases and g_idx."""
+    opened = Checkpoint.open(folder)
+    modules = {name: name.rpartition(".") for name in opened.files}
+    counted = [
+        name for name, (module, _, suffix) in modules.items() if module in subject.linears and suffix not in UNCOUNTED
+    ]
+    return sum(tensor.nbytes for tensor in opened.read(counted).values())
+
+
+def _quantization_config(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    return {key: value for key, value in config.items() if not isinstance(value, str) or "/" not in value}
+
+
+def _of_llama(python: str | None, code: str) -> str:
+    """What a line of Python prints in the virtual environment of llama-cpp-python."""
+    if python is None:
+        raise SystemExit("this row needs --llama PYTHON; README.md says how to make it")
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _llama_version(python: str | None) -> str:
+    return _of_llama(python, "import importlib.metadata as m; print(m.version('llama-cpp-python'))")
+
+
+def _ggml_library(python: str | None) -> Path:
+    code = "import importlib.util as u; print(u.find_spec('llama_cpp').submodule_search_locations[0])"
+    return next(Path(_of_llama(python, code), "lib").glob("libggml-base.*"))
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    return name, Path(path).expanduser()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=_pair, required=True, metavar="NAME=PATH", help="a 16-bit folder or .gguf file")
+    parser.add_argument("--rows", default="", help=f"with commas, of {', '.join(ROWS)}")
+    parser.add_argument("--checkpoint", type=_pair, action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, c4 and code")
+    parser.add_argument("--texts", type=Path, default=Path("build/accuracy/texts"), help="where texts.py wrote them")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/accuracy"), help="what other programs make is kept here"
+    )
+    for peer in ("--gptqmodel", "--auto-round", "--llama"):
+        parser.add_argument(peer, metavar="PYTHON", help="the interpreter of that program's virtual environment")
+    arguments = parser.parse_args()
+    rows = {name: ROWS[name] for name in arguments.rows.split(",") if name}
+    rows |= {name: partial(checkpoint, folder=folder) for name, folder in arguments.checkpoint}
+    name, path = arguments.model
+    subject = Subject(name, path, arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for row, make in rows.items():
+        result = measure(subject, row, make, arguments.evaluate.split(","))
+        (RESULTS / f"{subject.name}-{row}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Print the accuracy tables in Markdown from the rows in benchmarks/results/accuracy.
+
+python benchmarks/accuracy/table.py [MODEL ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One model's rows, most bits first."""
+    texts = [name for name in ("wiki", "c4", "code") if any(name in row["texts"] for row in rows)]
+    columns = ["row", "bits", *texts, "KL", "top-1"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    for row in sorted(rows, key=lambda row: -row["bits"]):
+        padded = row["details"].get("bits_of_padded")
+        cells = [row["row"], f"{row['bits']:.3f}" + (f" ({padded:.3f} padded)" if padded else "")]
+        cells += [_perplexity(row["texts"][name]["perplexity"]) if name in row["texts"] else "" for name in texts]
+        divergence = row["texts"]["wiki"]["divergence"]
+        if divergence:
+            cells += [f"{divergence['mean_kl']:.3f}", f"{100 * divergence['top1_agreement']:.1f} %"]
+        else:
+            cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def main() -> None:
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        row = json.loads(path.read_text())
+        by_model.setdefault(row["model"], []).append(row)
+    for model in sys.argv[1:] or by_model:
+        print(f"### {model}\n\n{table(by_model[model])}\n")
+
+
+if __name__ == "__main__":
+    main()
