@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitshard.errors import CheckpointError, FormatError
-from bitshard.layout import GptqLayout, check_g_idx, check_shapes
-from bitshard.models import Architecture, Linear, Shapes, architecture, shapes
+from bitshard.layout import GptqLayout, Layout, check_g_idx
+from bitshard.mixed import MixedWeight
+from bitshard.models import Architecture, Linear, Shapes, architecture, block_linears, shapes
 from bitshard.plan import TPPlan
 from bitshard.quantconfig import QuantConfig, check_version, parse_quant_config
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import WORD_BITS, QuantSpec
+from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
 
 INDEX = "model.safetensors.index.json"
+REPORT = "quantization_report.json"  # what quantizing left behind, matrix by matrix
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -78,8 +81,8 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(str(path), reason(error), "a checkpoint folder or hub id", "check the name") from None
         config = read_json(path / "config.json")
-        files = _tensor_files(path)
-        checkpoint = cls(path, config, files, _quantization(path, config))
+        quantization = _quantization(path, config)
+        checkpoint = cls(path, config, _tensor_files(path, quantization), quantization)
         checkpoint._check_names()
         return checkpoint
 
@@ -92,26 +95,54 @@ class Checkpoint:
         return shapes(self.arch, self.config, str(self.path / "config.json"))
 
     @property
-    def gptq(self) -> QuantConfig:
+    def quantized(self) -> QuantConfig:
         """The quantization config of a checkpoint that must have one."""
         if self.quantization is None:
             raise FormatError(
-                str(self.path / "config.json"), "no quantization_config", "a GPTQ checkpoint",
+                str(self.path / "config.json"), "no quantization_config", "a quantized checkpoint",
                 "quantize the model first: bitshard quantize",
             )  # fmt: skip
         return self.quantization
 
+    @property
+    def gptq(self) -> QuantConfig:
+        """The quantization config of a checkpoint that must be a GPTQ one."""
+        if not isinstance(self.quantized.layout, GptqLayout):
+            raise FormatError(
+                str(self.path / "config.json"),
+                f"layout {self.quantized.layout.name}, whose channels are in order already",
+                "a GPTQ checkpoint",
+                "use it as it is",
+            )
+        return self.quantized
+
+    @property
+    def layout(self) -> Layout:
+        return self.quantized.layout
+
+    @cached_property
+    def _linears(self) -> dict[str, Linear]:
+        """Every matrix of a decoder block by its name below the block."""
+        return {linear.name: linear for linear in block_linears(self.arch, self.sizes)}
+
+    def size_of(self, module: str) -> tuple[int, int] | None:
+        """K and N of a matrix of the decoder blocks, as config.json has them; None for any other."""
+        linear = self._linears.get(re.sub(rf"{re.escape(self.arch.blocks)}\.\d+\.", "", module, count=1))
+        return (linear.in_features, linear.out_features) if linear else None
+
     def plan(self) -> TPPlan:
-        """The cuts of this checkpoint, with the row-parallel matrices that keep an irregular `g_idx`.
+        """The cuts of this checkpoint, with the row-parallel matrices whose input is gathered, and the outliers.
 
         Raises FormatError when a matrix is missing, has other sizes than config.json gives it, or a broken `g_idx`.
         """
         uncut = TPPlan(self.arch, self.sizes, self.spec_of)
         self._check_blocks(uncut)
         rows = [n for i in range(self.sizes.layers) for n, linear in uncut.linears(i) if linear.role == "row"]
-        return replace(uncut, gathered=frozenset(filter(self.is_irregular, rows)))
+        counts = self.shapes(name for name in self.files if name.endswith(".outlier_values"))
+        outliers = {name.rpartition(".")[0]: shape[0] for name, shape in counts.items()}
+        return replace(uncut, gathered=frozenset(filter(self.is_irregular, rows)), outliers=outliers)
 
-    def spec_of(self, module: str) -> QuantSpec | None:
+    def spec_of(self, module: str) -> QuantSpec | MixSpec | None:
         """Spec of one matrix; None where it stays 16-bit."""
         if self.quantization is None or f"{module}.qweight" not in self.files:
             return None
@@ -122,16 +153,16 @@ class Checkpoint:
         return [name.removesuffix(".qweight") for name in self.files if name.endswith(".qweight")]
 
     def is_irregular(self, module: str) -> bool:
-        """True when the matrix's input channels are not in consecutive groups. Reads `g_idx` alone."""
+        """True when the matrix asks for its input channels in another order. Reads `g_idx` alone."""
         g_idx, spec = self.g_idx(module), self.spec_of(module)
-        if spec is None or g_idx is None:
-            return False
+        if g_idx is None or not isinstance(spec, QuantSpec):
+            return f"{module}.strip_order" in self.files
         return not torch.equal(g_idx.to(torch.int32), trivial_g_idx(len(g_idx), spec.group(len(g_idx))))
 
     def g_idx(self, module: str) -> torch.Tensor | None:
         """The group of each input channel as the file has it, checked; None where the file has none."""
         spec, name = self.spec_of(module), f"{module}.g_idx"
-        if spec is None or name not in self.files:
+        if not isinstance(spec, QuantSpec) or name not in self.files:
             return None
         g_idx = self.tensor(name)
         check_g_idx(self.where(module), g_idx, spec)
@@ -168,16 +199,16 @@ class Checkpoint:
 
     def matrix_tensors(self, module: str) -> dict[str, torch.Tensor]:
         """A quantized matrix's tensors by suffix."""
-        names = [f"{module}.{suffix}" for suffix in GptqLayout.suffixes if f"{module}.{suffix}" in self.files]
+        names = [f"{module}.{suffix}" for suffix in self.layout.suffixes if f"{module}.{suffix}" in self.files]
         return {name.rpartition(".")[2]: tensor for name, tensor in self.read(names).items()}
 
     def matrix_columns(self, module: str, ranges: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Slices of a quantized matrix's tensors by suffix: the output channels of `ranges`, nothing else is read.
+        """Slices of a GPTQ matrix's tensors by suffix: the output channels of `ranges`, nothing else is read.
 
         Ranges [start, stop) begin and end between packed words, as TPPlan makes them.
         """
         spec = self.spec_of(module)
-        assert spec is not None  # callers ask for quantized matrices
+        assert isinstance(spec, QuantSpec)
         tensors = {}
         for suffix in GptqLayout.suffixes:
             name = f"{module}.{suffix}"
@@ -193,28 +224,27 @@ class Checkpoint:
                 tensors[suffix] = torch.cat([whole[p] if suffix == "bias" else whole[:, p] for p in places], dim=-1)
         return tensors
 
-    def weight(self, module: str) -> QuantizedWeight:
+    def weight(self, module: str) -> QuantizedWeight | MixedWeight:
         """A quantized matrix as a logical value, fully checked."""
         spec = self.spec_of(module)
         if spec is None:
             raise FormatError(f"{module}.qweight", "no such tensor", "a quantized matrix", "check the module's name")
-        return self.gptq.layout.unpack(self.where(module), self.matrix_tensors(module), spec)
+        tensors, size = self.matrix_tensors(module), self.size_of(module)
+        return self.layout.unpack(self.where(module), tensors, spec, size)
 
     def where(self, module: str) -> str:
         """A quantized matrix's file and name, for messages."""
         return f"{self.files[f'{module}.qweight']}: {module}"
 
     def check_matrices(self) -> None:
-        """All that can be known without reading codes: `plan`'s checks, then every scale, zero, group and bias.
+        """All that can be known without reading all codes: `plan`'s checks, then every scale, zero, group and bias.
 
         Raises FormatError for what is wrong, and for a checkpoint that is not quantized.
         """
-        layout = self.gptq.layout
+        layout = self.layout
         self.plan()
         for module in self.matrices():
-            spec = self.spec_of(module)
-            assert spec is not None  # or it could not be opened
-            layout.check(self.where(module), self.matrix_tensors(module), spec)
+            layout.check(self.where(module), self.matrix_tensors(module), self.spec_of(module), self.size_of(module))
 
     def names_in_block(self, layer: int) -> list[str]:
         prefix = f"{self.arch.blocks}.{layer}."
@@ -244,18 +274,22 @@ class Checkpoint:
             )
         if self.quantization is None:
             return
+        suffixes = self.layout.suffixes
         if not modules:
             raise FormatError(
-                str(self.path), "a quantization_config and no qweight tensor", "GPTQ tensors", "get the files again"
+                str(self.path),
+                "a quantization_config and no qweight tensor",
+                "quantized tensors",
+                "get the files again",
             )
         for name in self.files:
             module, _, suffix = name.rpartition(".")
-            if module in modules and suffix not in GptqLayout.suffixes:
+            if module in modules and suffix not in suffixes:
                 raise FormatError(
                     f"{self.files[name]}: {name}", "an unknown tensor of a quantized matrix",
-                    ", ".join(GptqLayout.suffixes), "get the file again",
+                    ", ".join(suffixes), "get the file again",
                 )  # fmt: skip
-            if module not in modules and suffix in GptqLayout.suffixes and f"{module}.weight" not in self.files:
+            if module not in modules and suffix in suffixes and f"{module}.weight" not in self.files:
                 raise FormatError(
                     f"{self.files[name]}: {name}",
                     "no qweight beside it",
@@ -272,7 +306,7 @@ class Checkpoint:
     def _check_blocks(self, plan: TPPlan) -> None:
         """Every matrix of every block is there, with the sizes that config.json gives it. Reads headers alone."""
         linears = [pair for layer in range(plan.sizes.layers) for pair in plan.linears(layer)]
-        suffixes = ("weight", *GptqLayout.suffixes)
+        suffixes = ("weight", *(self.quantization.layout.suffixes if self.quantization else ()))
         found = self.shapes(f"{name}.{suffix}" for name, _ in linears for suffix in suffixes)
         for name, linear in linears:
             self._check_matrix(name, linear, {s: found[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in found})
@@ -288,7 +322,7 @@ class Checkpoint:
     def _check_matrix(self, name: str, linear: Linear, tensors: Mapping[str, Sequence[int]]) -> None:
         size, spec = (linear.in_features, linear.out_features), self.spec_of(name)
         if spec is not None:
-            check_shapes(self.where(name), tensors, spec, size)
+            self.layout.check_shapes(self.where(name), tensors, spec, size)
             return
         shape = list(tensors["weight"]) if "weight" in tensors else None
         if shape != [*reversed(size)]:
@@ -315,23 +349,32 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> QuantConfig | None:
 
 def _check_agreement(inline: QuantConfig, side: QuantConfig, where: str) -> None:
     """Two files that say how to read the codes must say the same: readers differ in which one they believe."""
-    for what, one, other in (
-        ("bits", inline.spec.bits, side.spec.bits),
-        ("group_size", inline.spec.group_size, side.spec.group_size),
-        ("zero-point version by checkpoint_format", inline.layout.zeros_version, side.layout.zeros_version),
-        ("dynamic", dict(inline.overrides), dict(side.overrides)),
-    ):
-        if one != other:
+    one, other = _reading(inline), _reading(side)
+    for what in one:
+        if one[what] != other.get(what):
             raise FormatError(
-                where, f"{what} {other}, and {one} in config.json", "the same in both",
+                where, f"{what} {other.get(what)}, and {one[what]} in config.json", "the same in both",
                 "correct the file that is wrong, or delete quantize_config.json",
             )  # fmt: skip
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
+def _reading(config: QuantConfig) -> dict[str, Any]:
+    """What a reader must know of a section, by what to call it in a message."""
+    layout, spec = config.layout, config.spec
+    own: dict[str, Any] = vars(spec)
+    if isinstance(layout, GptqLayout) and isinstance(spec, QuantSpec):
+        own = {
+            "bits": spec.bits,
+            "group_size": spec.group_size,
+            "zero-point version by checkpoint_format": layout.zeros_version,
+        }
+    return {"layout": layout.name, **own, "dynamic": dict(config.overrides)}
+
+
+def _tensor_files(path: Path, quantization: QuantConfig | None) -> dict[str, Path]:
     """Tensor name -> file, every file opened once to see that it is whole."""
     if (path / INDEX).exists():
-        return _indexed_files(path / INDEX)
+        return _indexed_files(path / INDEX, quantization)
     shards = sorted(path.glob("*.safetensors"))
     if len(shards) > 1:
         raise CheckpointError(
@@ -345,10 +388,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
                 "save it again with safe_serialization=True",
             )  # fmt: skip
         raise CheckpointError(str(path), "no .safetensors file", "a safetensors checkpoint", "check the folder")
-    return dict.fromkeys(_names(shards[0]), shards[0])
+    return dict.fromkeys(_names(shards[0], quantization), shards[0])
 
 
-def _indexed_files(index: Path) -> dict[str, Path]:
+def _indexed_files(index: Path, quantization: QuantConfig | None) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(
@@ -360,7 +403,7 @@ def _indexed_files(index: Path) -> dict[str, Path]:
             raise CheckpointError(str(index), f"shard {shard!r}", "names inside the folder", "do not use this file")
         if not (index.parent / shard).is_file():
             raise CheckpointError(str(index), f"shard {shard!r}, which is missing", "every shard", "get the file")
-        names[shard] = _names(index.parent / shard)
+        names[shard] = _names(index.parent / shard, quantization)
     for name, shard in weight_map.items():
         if name not in names[shard]:
             raise CheckpointError(
@@ -371,13 +414,19 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     return unlisted | {name: index.parent / shard for name, shard in weight_map.items()}
 
 
-def _names(shard: Path) -> list[str]:
+def _names(shard: Path, quantization: QuantConfig | None) -> list[str]:
+    """Names of a shard's tensors, after a check that what it says of itself is known and what the config says."""
     with _opened(shard) as file:
         ours, names = (file.metadata() or {}).get("bitshard", "{}"), list(file.keys())
     try:
-        check_version(json.loads(ours), str(shard))
+        layout = check_version(json.loads(ours), str(shard)).name
     except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
             str(shard), f"metadata that is no JSON ({error})", "a whole file", "get it again"
         ) from None
+    if quantization and "layout" in json.loads(ours) and layout != quantization.layout.name:
+        raise FormatError(
+            str(shard), f"bitshard layout {layout!r}", f"{quantization.layout.name!r}, as config.json has it",
+            "get the files again",
+        )  # fmt: skip
     return names

@@ -25,7 +25,7 @@ from bitshard.errors import BitshardError
 
 if TYPE_CHECKING:
     from bitshard.evaluate import Perplexity
-    from bitshard.inspection import Inspection, MatrixInfo
+    from bitshard.inspection import Inspection
     from bitshard.planning import ModelPlan
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ HELP = """Low-bit language models, ordered so that tensor parallelism costs noth
 Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage."""
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_SEED = 2**32 - 1
+ZEROS = {1: "stored minus one (v1)", 2: "stored as they are (v2)"}
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
 app.add_typer(bench_app, name="bench")
@@ -205,9 +206,8 @@ def plan(
 
 
 def _plan_table(report: ModelPlan) -> Table:
-    title = (
-        f"{report.model}: {report.layers} blocks, {report.bits} bits, {report.average_bits:.2f} with scales and zeros"
-    )
+    facts = ", ".join(f"{name} {value}" for name, value in report.spec.facts().items())
+    title = f"{report.model}: {report.layers} blocks, {facts}, {report.average_bits:.2f} bits with scales and zeros"
     table = _columns(title, "TP", "weights/rank", "floor/token", "AllReduce/token", "legal", left=["legal"])
     for degree in report.degrees:
         if degree.obstacles:
@@ -236,9 +236,10 @@ def inspect(
     facts = {
         "model": report.model_type,
         "method, layout": f"{report.method}, {report.layout} version {report.version}",
-        "zeros": "stored minus one (v1)" if report.zeros_version == 1 else "stored as they are (v2)",
+        **({"zeros": ZEROS[report.zeros_version]} if report.zeros_version else {}),
         "spec": ", ".join(f"{k}={v}" for k, v in report.spec.items()),
-        "average bits": f"{report.average_bits:.3f} with scales, zeros and g_idx",
+        "average bits": f"{report.average_bits:.3f}, everything counted",
+        **({"outliers": f"{report.outlier_share:.3%} of the weights"} if report.outlier_share else {}),
         "legal TP degrees": ", ".join(map(str, report.degrees)),
         **{f"from: {k}": v for k, v in report.provenance.items()},
     }
@@ -246,15 +247,29 @@ def inspect(
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:
-    table = _columns(None, "matrix", "K x N", "bits", "group", "order", "average", "count", left=["matrix", "order"])
-    kinds: dict[tuple[str, ...], list[MatrixInfo]] = {}
-    for m in report.matrices:
+    settings = report.matrices[0].spec.facts()
+    columns: dict[str, list[float | int | None]] = {
+        "average": [m.average_bits for m in report.matrices],
+        "outliers": [m.outliers or None for m in report.matrices],
+        "error": [m.error for m in report.matrices],
+        "share 4-bit": [m.share_4bit for m in report.matrices],
+    }
+    shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    table = _columns(None, "matrix", "K x N", *settings, "order", *shown, "count", left=["matrix", "order"])
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for i, m in enumerate(report.matrices):
         name = m.name if every else re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
-        kind = (name, f"{m.in_features} x {m.out_features}", str(m.bits), str(m.group_size), m.order)
-        kinds.setdefault(kind, []).append(m)
+        kind = (name, f"{m.in_features} x {m.out_features}", *m.spec.facts().values(), m.order)
+        kinds.setdefault(kind, []).append(i)
     for row, members in kinds.items():
-        table.add_row(*row, f"{members[0].average_bits:.3f}", str(len(members)))
+        means = [_mean(values[i] for i in members) for values in shown.values()]
+        table.add_row(*row, *means, str(len(members)))
     return table
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.4g}" if known else "-"
 
 
 def _below_block(name: str) -> str:

@@ -27,7 +27,9 @@ from bitshard.models import mlp_paths, value_columns
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
+from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import attention_order, is_identity, mlp_order, tile_parts, value_columns_order
+from bitshard.spec import QuantSpec
 from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
@@ -65,7 +67,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     shards = [OUTSIDE, *(f"block {i}" for i in blocks)]
     task = {"verb": "convert", "source": checkpoint.fingerprint(), "pad_to": pad_to, "version": FORMAT_VERSION}
     edits = [block_edit(checkpoint, plan, layer, padding) for layer in blocks]
-    writer = Writer(out, shards, task)
+    writer = Writer(out, shards, task, GptqLayout.name)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, checkpoint.read(checkpoint.names_outside_blocks()))
     for layer in progress(blocks, "converting"):
@@ -91,7 +93,7 @@ def block_edit(checkpoint: Checkpoint, plan: TPPlan, layer: int, padding: Paddin
     if o_proj in plan.gathered:
         g_idx = _g_idx(checkpoint, o_proj)
         spec = plan.spec_of(o_proj)
-        assert spec is not None  # a gathered matrix is a quantized one
+        assert isinstance(spec, QuantSpec)  # a gathered matrix of a GPTQ checkpoint
         order = attention_order(g_idx, plan.sizes, spec.group(len(g_idx)))
         if order is None:
             edit.kept.append(o_proj)
@@ -130,6 +132,7 @@ def _converted_block(checkpoint: Checkpoint, layer: int, edit: BlockEdit) -> dic
         own = [n for n in names if n.rpartition(".")[0] == name]
         if checkpoint.spec_of(name) is not None:
             weight = checkpoint.weight(name)
+            assert isinstance(weight, QuantizedWeight)
             packed = checkpoint.matrix_tensors(name)
             if edit.touches(name):
                 packed = checkpoint.gptq.layout.pack(edit.apply(name, weight))
@@ -182,6 +185,7 @@ def _quant_config(
     quantization: QuantConfig, report: ConvertReport, edits: Sequence[BlockEdit], source: Path
 ) -> QuantConfig:
     """The output's config. Where nothing moved the section is kept, so converting twice changes no byte."""
+    assert isinstance(quantization.spec, QuantSpec)
     spec = replace(quantization.spec, desc_act=report.desc_act)
     overrides = tuple(
         (pattern, settings and {**settings, **({"desc_act": report.desc_act} if "desc_act" in settings else {})})

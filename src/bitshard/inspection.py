@@ -4,62 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitshard.bitpack import packed_length
-from bitshard.checkpoint import Checkpoint
-from bitshard.layout import FORMAT_VERSION, GptqLayout, check_shapes
+from bitshard.checkpoint import REPORT, Checkpoint, read_json
+from bitshard.errors import FormatError
+from bitshard.layout import FORMAT_VERSION, GptqLayout
+from bitshard.spec import MixSpec, QuantSpec
 
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One matrix; sizes in channels, bytes of all its tensors. order: "in order" (consecutive groups) or "by g_idx"."""
+    """One matrix; sizes in channels, bytes of all its tensors but the bias, average bits from the bytes.
+
+    order: "in order" (consecutive groups), "by g_idx" or "by strip_order". outliers: how many. error and share_4bit,
+    where quantizing left them: output error relative to the output, and the share of the Hessian-weighted error that
+    would be in the 4-bit strips.
+    """
 
     name: str
     in_features: int
     out_features: int
-    bits: int
-    group_size: int
+    spec: QuantSpec | MixSpec
     order: str
     bytes: int
-
-    @property
-    def average_bits(self) -> float:
-        return self.bytes * 8 / (self.in_features * self.out_features)
+    average_bits: float
+    outliers: int
+    error: float | None
+    share_4bit: float | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """layout and version: of the bytes; provenance: where they come from, empty for a file bitshard did not write."""
+    """layout and version: of the bytes; provenance: where they come from, empty for a file bitshard did not write.
+
+    zeros_version: of the public format, None for `mix64`.
+    """
 
     path: str
     model_type: str
     method: str
     layout: str
     version: int
-    zeros_version: int
+    zeros_version: int | None
     spec: Mapping[str, Any]
     degrees: Sequence[int]
     average_bits: float
     matrices: Sequence[MatrixInfo]
     provenance: Mapping[str, Any]
 
+    @property
+    def outlier_share(self) -> float:
+        """Outliers per weight."""
+        return sum(m.outliers for m in self.matrices) / sum(m.in_features * m.out_features for m in self.matrices)
+
 
 def inspect(path: Path) -> Inspection:
-    """Describe the GPTQ checkpoint `path`. Raises FormatError for one that is not quantized."""
+    """Describe the quantized checkpoint `path`. Raises FormatError for one that is not quantized."""
     checkpoint = Checkpoint.open(path)
-    quantization, plan = checkpoint.gptq, checkpoint.plan()
-    matrices = [_matrix(checkpoint, name) for name in checkpoint.matrices()]
+    quantization, plan = checkpoint.quantized, checkpoint.plan()
+    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    matrices = [_matrix(checkpoint, name, _solved(path, report, name)) for name in checkpoint.matrices()]
     weights = sum(m.in_features * m.out_features for m in matrices)
+    layout = quantization.layout
     return Inspection(
         path=str(path),
         model_type=str(checkpoint.config.get("model_type")),
-        method="gptq",
-        layout=GptqLayout.name,
+        method=layout.method,
+        layout=layout.name,
         version=quantization.section.get("version", FORMAT_VERSION),
-        zeros_version=quantization.layout.zeros_version,
+        zeros_version=layout.zeros_version if isinstance(layout, GptqLayout) else None,
         spec=vars(quantization.spec),
         degrees=plan.legal_degrees(),
         average_bits=sum(m.bytes for m in matrices) * 8 / weights,
@@ -68,24 +82,35 @@ def inspect(path: Path) -> Inspection:
     )
 
 
-def _matrix(checkpoint: Checkpoint, name: str) -> MatrixInfo:
-    spec = checkpoint.spec_of(name)
+def _solved(path: Path, report: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    """What the quantizer's report says of one matrix; FormatError when it is no report."""
+    row = report.get(name, {})
+    found = {key: row.get(key) if isinstance(row, dict) else row for key in ("error", "share_4bit")}
+    for key, value in found.items():
+        if value is not None and type(value) not in (int, float):
+            raise FormatError(f"{path / REPORT}: {name}", f"{key} {value!r}", "a number", "get the file again")
+    return found
+
+
+def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None]) -> MatrixInfo:
+    spec, layout = checkpoint.spec_of(name), checkpoint.layout
     assert spec is not None  # it has a qweight
-    tensors = checkpoint.shapes(f"{name}.{suffix}" for suffix in GptqLayout.suffixes)
+    tensors = checkpoint.shapes(f"{name}.{suffix}" for suffix in layout.suffixes)
     by_suffix = {tensor.rpartition(".")[2]: shape for tensor, shape in tensors.items()}
-    k, n = check_shapes(checkpoint.where(name), by_suffix, spec)
-    groups = k // spec.group(k)
-    # g_idx is left out where it says nothing, bias is no weight
-    size = 4 * prod(by_suffix["qweight"]) + groups * (2 * n + 4 * packed_length(n, spec.bits))
+    k, n = layout.check_shapes(checkpoint.where(name), by_suffix, spec, checkpoint.size_of(name))
     irregular = checkpoint.is_irregular(name)
+    size = layout.matrix_bytes(by_suffix, spec, (k, n), irregular)
     return MatrixInfo(
         name=name,
         in_features=k,
         out_features=n,
-        bits=spec.bits,
-        group_size=spec.group_size,
-        order="by g_idx" if irregular else "in order",
-        bytes=size + (4 * k if irregular else 0),
+        spec=spec,
+        order=f"by {layout.order_suffix}" if irregular else "in order",
+        bytes=size,
+        average_bits=size * 8 / (k * n),
+        outliers=by_suffix.get("outlier_values", [0])[0],
+        error=solved["error"],
+        share_4bit=solved["share_4bit"],
     )
 
 

@@ -7,19 +7,18 @@ groups (unless every rank holds all scales) and between the 32-bit words that ho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, lcm
 from typing import Any
 
-from bitshard.bitpack import packed_length
 from bitshard.errors import PlanError
 from bitshard.models import Architecture, Linear, Shapes, block_linears, shapes
-from bitshard.spec import QuantSpec, codes_per_pack
+from bitshard.spec import MixSpec, QuantSpec
 
 CANDIDATE_DEGREES = (*range(1, 17), 24, 32, 48, 64)
 
 # The spec of one matrix by its full name, or None where it stays 16-bit.
-SpecOf = Callable[[str], QuantSpec | None]
+SpecOf = Callable[[str], QuantSpec | MixSpec | None]
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,17 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class TPPlan:
-    """All that cutting one model needs to know. `gathered`: row-parallel matrices that keep an irregular `g_idx`."""
+    """All that cutting one model needs to know.
+
+    gathered: row-parallel matrices that ask for their input in another order (an irregular `g_idx`, a `strip_order`).
+    outliers: how many weights of a matrix are stored beside its codes.
+    """
 
     arch: Architecture
     sizes: Shapes
     spec_of: SpecOf
     gathered: frozenset[str] = frozenset()
+    outliers: Mapping[str, int] = field(default_factory=dict)
 
     def linears(self, layer: int) -> list[tuple[str, Linear]]:
         """(full name, matrix) of one decoder block."""
@@ -67,16 +71,14 @@ class TPPlan:
 
     def _obstacle(self, name: str, linear: Linear, tp_size: int) -> str:
         spec = self.spec_of(name)
-        word = codes_per_pack(spec.bits) if spec else 1
         if linear.role == "row":
             k = linear.in_features
-            unit, what = word, f"a packed word of {word} codes"
-            if spec and name not in self.gathered and spec.group(k) < k:
-                unit, what = lcm(spec.group_size, word), f"a group of {spec.group_size} input channels"
+            unit, what = spec.row_cut(k, name in self.gathered) if spec else (1, "a channel")
             return "" if _divides(k, unit, tp_size) else f"{k} input channels / {tp_size} splits {what}"
         for width in self._column_widths(linear):
-            if not _divides(width, word, tp_size):
-                return f"{width} output channels / {tp_size} splits a packed word of {word} zeros"
+            unit, what = spec.column_cut(width) if spec else (1, "a channel")
+            if not _divides(width, unit, tp_size):
+                return f"{width} output channels / {tp_size} splits {what}"
         return ""
 
     def _column_widths(self, linear: Linear) -> list[int]:
@@ -125,7 +127,7 @@ class TPPlan:
         return ranges
 
     def bytes_per_rank(self, tp_size: int) -> int:
-        """Bytes of the decoder blocks' matrices that one rank holds: codes, scales (16-bit), zeros."""
+        """Bytes of the decoder blocks' matrices that one rank holds: codes, scales, zeros, its share of outliers."""
         total = 0
         for layer in range(self.sizes.layers):
             for name, linear in self.linears(layer):
@@ -140,19 +142,16 @@ class TPPlan:
         local_k = k // tp_size if linear.role == "row" else k
         if spec is None:
             return 2 * local_k * n
-        groups = ceil(k / spec.group(k))
-        if linear.role == "row" and name not in self.gathered and groups > 1:
-            groups //= tp_size
-        return 4 * packed_length(local_k, spec.bits) * n + groups * (2 * n + 4 * packed_length(n, spec.bits))
+        outliers = 4 * (n + 1) + 4 * ceil(self.outliers[name] / tp_size) if name in self.outliers else 0
+        return spec.code_bytes(local_k, n) + spec.scale_bytes(k if name in self.gathered else local_k, n) + outliers
 
     def replicated_scale_bytes(self, name: str, linear: Linear, tp_size: int) -> int:
         """Extra bytes of scales and zeros a rank holds because a row-parallel matrix keeps an irregular `g_idx`."""
         spec = self.spec_of(name)
         if spec is None or name not in self.gathered:
             return 0
-        groups = ceil(linear.in_features / spec.group(linear.in_features))
-        row = 2 * linear.out_features + 4 * packed_length(linear.out_features, spec.bits)
-        return groups * row - groups * row // tp_size
+        whole = spec.scale_bytes(linear.in_features, linear.out_features)
+        return whole - whole // tp_size
 
 
 def _divides(size: int, unit: int, tp_size: int) -> bool:
@@ -190,10 +189,8 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
     for layer in range(sizes.layers):
         for name, linear in plan.linears(layer):
             spec = plan.spec_of(name)
-            if spec is None or linear.name in (*plan.arch.attention.column, plan.arch.attention.row):
-                continue
-            grouped = linear.role == "row" and spec.group_size != -1
-            unit = lcm(unit, codes_per_pack(spec.bits), spec.group_size if grouped else 1)
+            if spec is not None and linear.name not in (*plan.arch.attention.column, plan.arch.attention.row):
+                unit = lcm(unit, spec.padding_unit(linear.role))
     step = unit * tp_size
     intermediate = ceil(sizes.intermediate / step) * step
     per_group = sizes.heads // sizes.kv_heads

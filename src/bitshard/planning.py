@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitshard.checkpoint import INDEX, Checkpoint, read_json
 from bitshard.errors import SpecError
 from bitshard.models import architecture, shapes
 from bitshard.plan import CANDIDATE_DEGREES, TPPlan, padding_for
-from bitshard.spec import QuantSpec
+from bitshard.spec import MixSpec, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,12 @@ class Degree:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """gathered: row matrices whose `g_idx` is irregular as the file is. padding: new sizes that make pad_to legal."""
+    """gathered: row matrices that want their input in another order. padding: new sizes that make pad_to legal."""
 
     model: str
     model_type: str
     layers: int
-    bits: int
-    group_size: int
+    spec: QuantSpec | MixSpec
     average_bits: float
     gathered: Sequence[str]
     degrees: Sequence[Degree]
@@ -45,7 +44,9 @@ class ModelPlan:
     padding_cost: float | None
 
 
-def plan_model(path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s: float | None = None) -> ModelPlan:
+def plan_model(
+    path: Path, spec: QuantSpec | MixSpec, pad_to: int | None = None, gb_per_s: float | None = None
+) -> ModelPlan:
     """Plan a checkpoint folder. A quantized one is planned as it is, any other as if quantized with `spec`.
 
     Only config.json is needed of a 16-bit model. gb_per_s: memory bandwidth of one device, for the floor.
@@ -62,14 +63,13 @@ def plan_model(path: Path, spec: QuantSpec, pad_to: int | None = None, gb_per_s:
     cost = None
     if padding:
         sizes = vars(plan.sizes) | vars(padding)
-        padded = TPPlan(plan.arch, type(plan.sizes)(**sizes), plan.spec_of, plan.gathered)
+        padded = replace(plan, sizes=type(plan.sizes)(**sizes))
         cost = padded.bytes_per_rank(1) / plan.bytes_per_rank(1) - 1
     return ModelPlan(
         model=str(path),
         model_type=plan.arch.model_types[0],
         layers=plan.sizes.layers,
-        bits=spec.bits,
-        group_size=spec.group_size,
+        spec=spec,
         average_bits=plan.bytes_per_rank(1) * 8 / parameters,
         gathered=sorted(plan.gathered),
         degrees=[_degree(plan, t, gb_per_s) for t in CANDIDATE_DEGREES if t <= max(plan.sizes.heads, pad_to or 1)],
@@ -92,7 +92,7 @@ def _degree(plan: TPPlan, tp_size: int, gb_per_s: float | None) -> Degree:
     )
 
 
-def _plan(path: Path, spec: QuantSpec) -> tuple[TPPlan, QuantSpec]:
+def _plan(path: Path, spec: QuantSpec | MixSpec) -> tuple[TPPlan, QuantSpec | MixSpec]:
     if (path / INDEX).exists() or any(path.glob("*.safetensors")):
         checkpoint = Checkpoint.open(path)
         if checkpoint.quantization is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, gcd
+from math import ceil, gcd, lcm
 
 from bitshard.errors import SpecError
 
@@ -59,6 +59,34 @@ class QuantSpec:
     def group(self, in_features: int) -> int:
         """Group length in channels for a weight of `in_features` input channels."""
         return in_features if self.group_size == -1 else self.group_size
+
+    def row_cut(self, in_features: int, irregular: bool) -> tuple[int, str]:
+        """Input channels that a tensor-parallel cut keeps together, and what they are. irregular: by its `g_idx`."""
+        word = codes_per_pack(self.bits)
+        if irregular or self.group(in_features) >= in_features:
+            return word, f"a packed word of {word} codes"
+        return lcm(self.group_size, word), f"a group of {self.group_size} input channels"
+
+    def column_cut(self, out_features: int) -> tuple[int, str]:
+        """The same for output channels."""
+        word = codes_per_pack(self.bits)
+        return word, f"a packed word of {word} zeros"
+
+    def facts(self) -> dict[str, str]:
+        """What a table says of a matrix."""
+        return {"bits": str(self.bits), "group": str(self.group_size)}
+
+    def padding_unit(self, role: str) -> int:
+        """What zero-padding fills up: input channels of a "row" matrix, output channels of a "column" one."""
+        grouped = role == "row" and self.group_size != -1
+        return lcm(codes_per_pack(self.bits), self.group_size if grouped else 1)
+
+    def code_bytes(self, in_features: int, out_features: int) -> int:
+        return in_features * out_features * self.bits // 8
+
+    def scale_bytes(self, in_features: int, out_features: int) -> int:
+        """Bytes of scales (16-bit) and zeros."""
+        return ceil(in_features / self.group(in_features)) * out_features * (16 + self.bits) // 8
 
 
 @dataclass(frozen=True)
@@ -120,6 +148,35 @@ class MixSpec:
 
     def tiles(self, out_features: int) -> int:
         return ceil(out_features / self.tile)
+
+    def row_cut(self, in_features: int, irregular: bool) -> tuple[int, str]:
+        """Input channels that a tensor-parallel cut keeps together, and what they are. irregular: a `strip_order`."""
+        if irregular:
+            return in_features, "the order of its strips"
+        return (in_features if in_features % BLOCK else BLOCK), f"a block of {BLOCK} input channels"
+
+    def column_cut(self, out_features: int) -> tuple[int, str]:
+        """The same for output channels."""
+        tile = self.tile
+        return (out_features if out_features % tile else tile), f"a tile of {tile} output channels"
+
+    def facts(self) -> dict[str, str]:
+        """What a table says of a matrix."""
+        return {"strips": " ".join(map(str, self.widths)), "metadata": self.metadata}
+
+    def padding_unit(self, role: str) -> int:
+        """What zero-padding fills up: input channels of a "row" matrix, output channels of a "column" one."""
+        return BLOCK if role == "row" else self.tile
+
+    def code_bytes(self, in_features: int, out_features: int) -> int:
+        return 4 * (4 + self.extra_words) * self.blocks(in_features) * out_features
+
+    def scale_bytes(self, in_features: int, out_features: int) -> int:
+        """Bytes of scales and zeros of both orders, without outliers."""
+        blocks, tiles, n = self.blocks(in_features), self.tiles(out_features), out_features
+        if self.metadata == "paper":
+            return 2 * blocks * n + 8 * blocks * tiles + 2 * n + ceil(n / 2)
+        return 3 * blocks * n + 16 * blocks * tiles
 
 
 def zero_base(width: int) -> int:

@@ -16,6 +16,7 @@ from bitshard.convert import block_edit, matrices_in_block
 from bitshard.edit import BlockEdit
 from bitshard.errors import FormatError
 from bitshard.integrations.transformers import load, load_config
+from bitshard.mixed import MixedWeight
 from bitshard.plan import Padding, TPPlan
 from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
@@ -44,7 +45,7 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
     checkpoint = Checkpoint.open(path)
     checkpoint.check_matrices()
     source = Checkpoint.open(against) if against else None
-    source_plan = _plan_of_source(source, checkpoint) if source else None
+    source_plan = _plan_of_source(source, checkpoint) if source and checkpoint.gptq and source.gptq else None
     checked = equal = 0
     for layer in progress(range(checkpoint.sizes.layers), "verifying"):
         edit = _expected_edit(source, source_plan, checkpoint, layer) if source and source_plan else None
@@ -55,7 +56,7 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
                 expected = edit.apply_dense(name, _dense(source, name)) if source and edit else found
             else:
                 found = _values(checkpoint.weight(name))
-                expected = _values(edit.apply(name, source.weight(name))) if source and edit else found
+                expected = _values(_expected(edit, source, name)) if source and edit else found
             if found.keys() != expected.keys() or any(not torch.equal(found[k], expected[k]) for k in found):
                 raise FormatError(
                     f"{path}: {name}", "other weights than the source's", "the same weights", "convert it again"
@@ -99,7 +100,13 @@ def _dense(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     return {n.rpartition(".")[2]: tensor for n, tensor in checkpoint.read(names).items()}
 
 
-def _values(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+def _expected(edit: BlockEdit, source: Checkpoint, name: str) -> QuantizedWeight:
+    weight = source.weight(name)
+    assert isinstance(weight, QuantizedWeight)  # both are GPTQ checkpoints
+    return edit.apply(name, weight)
+
+
+def _values(weight: QuantizedWeight | MixedWeight) -> dict[str, torch.Tensor]:
     bias = {} if weight.bias_N is None else {"bias": weight.bias_N}
     return {"weight": weight.dequantize(), **bias}
 

@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitshard.checkpoint import INDEX, read_json, reason
+from bitshard.checkpoint import INDEX, REPORT, read_json, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.quantconfig import QuantConfig
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
-REWRITTEN = ("config.json", "quantize_config.json", INDEX)
+REWRITTEN = ("config.json", "quantize_config.json", INDEX, REPORT)
 TASK = "task.json"  # what a partial folder is the beginning of
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,12 +36,14 @@ class Writer:
     """Writes a checkpoint folder shard by shard, resumable, never half-written under its final name.
 
     shards: keys of the shards in order. task: what is being done; a partial folder of the same task is resumed, one of
-    another task is emptied. Raises CheckpointError when `out` exists or another process is writing it.
+    another task is emptied. layout: name that every shard's metadata says. Raises CheckpointError when `out` exists or
+    another process is writing it.
     """
 
-    def __init__(self, out: Path, shards: list[str], task: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, shards: list[str], task: Mapping[str, Any], layout: str = GptqLayout.name) -> None:
         if os.path.lexists(out):
             raise CheckpointError(str(out), "an existing file or folder", "a new name", "choose another or remove it")
+        self._metadata = {"format": "pt", "bitshard": json.dumps({"version": FORMAT_VERSION, "layout": layout})}
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self._files = {key: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, key in enumerate(shards, 1)}
         try:
@@ -70,8 +72,8 @@ class Writer:
     def _is_ours(self) -> bool:
         """True for a folder that a run began, or that one finished and died before giving it its name."""
         found = {path.name for path in self.partial.iterdir()}
-        side = self.partial / "quantize_config.json"
-        return not found or TASK in found or (side.name in found and "bitshard" in read_json(side))
+        config = read_json(self.partial / "config.json") if "config.json" in found else {}
+        return not found or TASK in found or "bitshard" in config.get("quantization_config", {})
 
     def _lock(self, descriptor: int) -> None:
         """Keep other processes out until the descriptor is closed or this process ends."""
@@ -96,9 +98,8 @@ class Writer:
     def write_state(self, file_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Any tensors, whole or not at all, in the partial folder."""
         temporary = self.partial / (file_name + ".tmp")
-        metadata = {"format": "pt", "bitshard": json.dumps({"version": FORMAT_VERSION, "layout": GptqLayout.name})}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self._metadata)
             _sort_metadata(temporary)
             shutil.copymode(self.partial / TASK, temporary)  # safetensors makes files that only their owner reads
             temporary.rename(self.partial / file_name)
@@ -106,8 +107,14 @@ class Writer:
             temporary.unlink(missing_ok=True)
             raise self._failure(error) from None
 
-    def finish(self, source: Path, config: Mapping[str, Any], quantization: QuantConfig) -> None:
-        """Index, configs, the source's tokenizer and other small files; then the final name."""
+    def finish(
+        self,
+        source: Path,
+        config: Mapping[str, Any],
+        quantization: QuantConfig,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Index, configs, the source's tokenizer and other small files, a report; then the final name."""
         try:
             weight_map, total = {}, 0
             for file_name in self._files.values():
@@ -118,7 +125,10 @@ class Writer:
             section = quantization.to_json()
             self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
             self._write_json("config.json", {**config, "quantization_config": section})
-            self._write_json("quantize_config.json", section)
+            if isinstance(quantization.layout, GptqLayout):
+                self._write_json("quantize_config.json", section)
+            if report is not None:
+                self._write_json(REPORT, report)
             keep = {*self._files.values(), *REWRITTEN, *self._copy_side_files(source)}
             for path in self.partial.iterdir():
                 if path.name not in keep and path.name != TASK:

@@ -30,10 +30,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
+from bitshard.layout import GptqLayout
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, QuantLinear, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
 from bitshard.plan import TPPlan
+from bitshard.spec import QuantSpec
 
 
 def load(
@@ -210,13 +212,11 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model.get_submodule(parent), child, Experts(sizes.experts, act_fn, make_linear))
 
     def _quant_linear(self, name: str) -> QuantLinear:
-        spec = self.checkpoint.spec_of(name)
-        assert spec is not None  # it has a qweight
+        spec, layout = self.checkpoint.spec_of(name), self.checkpoint.layout
+        assert isinstance(spec, QuantSpec) and isinstance(layout, GptqLayout)
         shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
         words, n = shapes[f"{name}.qweight"]
-        linear = QuantLinear(
-            words * 32 // spec.bits, n, spec, self.checkpoint.gptq.layout, f"{name}.bias" in shapes, self.dtype
-        )
+        linear = QuantLinear(words * 32 // spec.bits, n, spec, layout, f"{name}.bias" in shapes, self.dtype)
         if f"{name}.g_idx" not in shapes:
             linear.g_idx = None
         linear.cut = self._cut(name)
