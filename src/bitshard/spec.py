@@ -10,6 +10,7 @@ from bitshard.errors import SpecError
 GPTQ_BITS = (2, 3, 4, 8)
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)
 METADATA = ("fine", "paper")
+MOST_OUTLIERS = 0.05  # above that a weight of 16 bits and its column cost more than 3 bits everywhere
 STRIP = 16  # input channels that share one scale and zero in `mix64` (g1 of 2311.16442)
 BLOCK = 64  # input channels of one aligned 128-bit load: four strips
 WORD_BITS = 32  # GPTQ packs codes into int32 words
@@ -182,3 +183,35 @@ class MixSpec:
 def zero_base(width: int) -> int:
     """The zero point that zero code 0 stands for: a strip's zero is this plus its 2-bit code, the middle being 2."""
     return (1 << (width - 1)) - 2
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    """How a `mix64` weight is filled; the file says nothing of it but its provenance.
+
+    order: of input channels, the "model" having been put in the order of their sensitivity, or "none": natural order,
+    the most sensitive strips of each matrix gathered into the 4-bit places. ranking: what makes a channel or strip
+    sensitive, "hessian" (2311.16442 v4) or its "range" alone (v1). ranges: of strips, found by a "search" for the least
+    error or by "minmax". outliers: share of weights kept in 16 bits.
+    """
+
+    order: str = "model"
+    ranking: str = "hessian"
+    ranges: str = "search"
+    outliers: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("order", ("model", "none")),
+            ("ranking", ("hessian", "range")),
+            ("ranges", ("search", "minmax")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise SpecError(name, repr(getattr(self, name)), " or ".join(allowed), "choose one of them")
+        if not 0 <= self.outliers <= MOST_OUTLIERS:
+            raise SpecError(
+                "outliers",
+                repr(self.outliers),
+                f"a share of all weights from 0 to {MOST_OUTLIERS}",
+                "for example 0.002",
+            )

@@ -25,13 +25,15 @@ class SolveReport:
     """How one matrix came out.
 
     relative_error: |(W - Q) X|^2 / |W X|^2 over the calibration inputs X. damp: what the factorization needed.
-    dead: input channels that were never active; their weights became zero.
+    dead: input channels that were never active; their weights became zero. share_4bit: of the Hessian-weighted error
+    that 2 bits everywhere would leave, the part in the strips that got 4; `mix64` alone has them.
     """
 
     name: str
     relative_error: float
     damp: float
     dead: int
+    share_4bit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,10 @@ def gptq(
     """
     _check(W_NK, H_KK, spec, name)
     k, group = W_NK.shape[1], spec.group(W_NK.shape[1])
-    diagonal_K = H_KK.diagonal()
-    dead_K = diagonal_K == 0
-    W_KN = W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0).T.contiguous()
+    alive_NK, alive_KK = alive(W_NK, H_KK)
+    W_KN = alive_NK.T.contiguous()
     channels = torch.arange(k, device=H_KK.device)
-    order_K = torch.argsort(diagonal_K, descending=True, stable=True) if spec.desc_act else channels
-    # any positive number does for a dead channel; the mean of the others leaves the damping as it would be without it
-    filler = diagonal_K[~dead_K].mean() if not bool(dead_K.all()) else 1.0
-    alive_KK = H_KK + torch.diag(dead_K * filler)
+    order_K = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if spec.desc_act else channels
     U_KK, used_damp = inverse_factor(alive_KK[order_K][:, order_K], name, damp)
 
     grid = _Grid(spec, *(H_KK.new_empty(k // group, W_KN.shape[1]) for _ in range(2)))
@@ -93,7 +91,7 @@ def gptq(
     codes_KN[order_K], g_idx_K[order_K] = visited_codes_KN, visited_groups_K.to(torch.int32)
     scales_GN, zeros_GN = grid.scales_GN.to(torch.float16), grid.zeros_GN.to(torch.uint8)
     weight = QuantizedWeight(spec, codes_KN, scales_GN, zeros_GN, g_idx_K)
-    return weight, SolveReport(name, _relative_error(W_NK, weight, H_KK), used_damp, int(dead_K.sum()))
+    return weight, SolveReport(name, _relative_error(W_NK, weight, H_KK), used_damp, int((H_KK.diagonal() == 0).sum()))
 
 
 def _round_channels(
@@ -136,6 +134,22 @@ def _check(W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str) -
             f"whole groups of {spec.group_size}",
             "choose a group_size that divides, -1 for one group, or zero-pad the model (`--pad-to 1`)",
         )
+    check_finite(W_NK, H_KK, name)
+
+
+def alive(W_NK: torch.Tensor, H_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies in H's dtype in which channels that were never active have zero weights and the others' mean activity.
+
+    Any positive number does for them; the mean leaves the damping as it would be without them.
+    """
+    diagonal_K = H_KK.diagonal()
+    dead_K = diagonal_K == 0
+    filler = diagonal_K[~dead_K].mean() if not bool(dead_K.all()) else 1.0
+    return W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0), H_KK + torch.diag(dead_K * filler)
+
+
+def check_finite(W_NK: torch.Tensor, H_KK: torch.Tensor, name: str) -> None:
+    """SolverError with the matrix's name unless all numbers are finite."""
     if not bool(torch.isfinite(W_NK).all()):
         raise SolverError(name, "NaN or infinite weights", "finite weights", "get the 16-bit model again")
     if not bool(torch.isfinite(H_KK).all()):
