@@ -222,9 +222,11 @@ def _nbytes(folder: Path, subject: Subject) -> int:
     return sum(tensor.nbytes for tensor in opened.read(counted).values())
 
 
-def _quantization_config(folder: Path) -> Any:
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    return {key: value for key, value in config.items() if not isinstance(value, str) or "/" not in value}
+def _quantization_config(folder: Path) -> dict[str, Any]:
+    """What the file says of its quantization; of GPTQModel's notes only its version, the rest are paths and defaults."""
+    config = dict(json.loads((folder / "config.json").read_text()).get("quantization_config", {}))
+    meta = config.pop("meta", {})
+    return config | ({"quantizer": meta["quantizer"]} if "quantizer" in meta else {})
 
 
 def _of_llama(python: str | None, code: str) -> str:
