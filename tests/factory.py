@@ -1,4 +1,4 @@
-"""Small GPTQ checkpoints with random weights for every architecture, and the dense models they stand for."""
+"""Small quantized checkpoints with random weights for every architecture, and the dense models they stand for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.layout import GptqLayout
+from bitshard.layout import FORMAT_VERSION, GptqLayout, Layout, Mix64Layout
+from bitshard.mixed import MixedWeight, Outliers, strip_widths, zero_bases
 from bitshard.models import architecture, block_linears, shapes
 from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import QuantSpec
+from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
 
@@ -78,16 +79,52 @@ def random_weight(k: int, n: int, spec: QuantSpec, generator: torch.Generator, o
     return QuantizedWeight(spec, codes, scales.half(), zeros, g_idx, bias_N)
 
 
-def random_checkpoint(folder: Path, model_type: str, spec: QuantSpec, seed: int = 0, zeros_version: int = 2,
-                      **changes: Any) -> Path:  # fmt: skip
-    """A GPTQ checkpoint of this architecture: matrices that share an input share g_idx, as real ones do."""
+def random_mixed_weight(n: int, k: int, spec: MixSpec, generator: torch.Generator, outliers: float = 0.0,
+                        ordered: bool = True, bias: bool = False) -> MixedWeight:  # fmt: skip
+    """A `mix64` matrix that uses every field's whole range. ordered: no `strip_order`."""
+    strips, tiles = 4 * spec.blocks(k), spec.tiles(n)
+    widths_S = strip_widths(spec, strips)
+
+    def random(*shape: int, below: torch.Tensor | int) -> torch.Tensor:
+        return torch.randint(0, 1 << 30, shape, generator=generator) % below
+
+    def halves(*shape: int) -> torch.Tensor:  # steps that make weights of about 1 / sqrt(K)
+        return (torch.rand(*shape, generator=generator) / (8 * max(k, 16) ** 0.5 * spec.bits**2)).half().float()
+
+    codes_NSR = random(n, strips, STRIP, below=(1 << widths_S)[:, None]).to(torch.uint8)
+    zeros_NS = zero_bases(spec, strips) + random(n, strips, below=4).to(torch.uint8)
+    scale_codes_NS, steps_TS = random(n, strips, below=16), halves(tiles, strips)
+    offsets_TS, row_scales_N = halves(tiles, strips), None
+    if spec.metadata == "paper":
+        tops_S = torch.tensor([1, 8, 8, 16]).repeat(strips // 4)
+        scale_codes_NS, steps_TS[:, ::4] = scale_codes_NS % tops_S, 0
+        offsets_TS, row_scales_N = steps_TS * random(tiles, strips, below=tops_S), halves(n).half()
+        zeros_NS[:, ::4] = random(n, 1, below=16).to(torch.uint8)
+    order_S = torch.arange(strips) if ordered else torch.randperm(strips, generator=generator)
+    real_K = (order_S[:, None] * STRIP + torch.arange(STRIP) < k).view(-1)
+    codes_NK, zeros_NK = codes_NSR.view(n, -1), zeros_NS.repeat_interleave(STRIP, dim=1)
+    narrow_K = real_K & (widths_S.repeat_interleave(STRIP) == 2)
+    chosen_NK = (torch.rand(n, len(real_K), generator=generator) < outliers) & narrow_K
+    return MixedWeight(
+        spec, k, torch.where(real_K & ~chosen_NK, codes_NK, zeros_NK), scale_codes_NS.to(torch.uint8), zeros_NS,
+        steps_TS, offsets_TS, row_scales_N,
+        Outliers.of(torch.randn(n, len(real_K), generator=generator) / k**0.5, chosen_NK) if outliers else None,
+        None if ordered else order_S,
+        torch.randn(n, generator=generator).half() * 0.1 if bias else None,
+    )  # fmt: skip
+
+
+def random_checkpoint(folder: Path, model_type: str, spec: QuantSpec | MixSpec, seed: int = 0, zeros_version: int = 2,
+                      outliers: float = 0.0, ordered: bool = True, **changes: Any) -> Path:  # fmt: skip
+    """A quantized checkpoint of this architecture: matrices that share an input share g_idx, as real ones do."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     arch = architecture(raw)
-    sizes, layout = shapes(arch, raw), GptqLayout(1 if zeros_version == 1 else 2)
+    sizes = shapes(arch, raw)
+    layout: Layout = Mix64Layout() if isinstance(spec, MixSpec) else GptqLayout(1 if zeros_version == 1 else 2)
     dense = {name: tensor for name, tensor in model.state_dict().items()}
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(sizes.layers):
@@ -96,7 +133,12 @@ def random_checkpoint(folder: Path, model_type: str, spec: QuantSpec, seed: int 
             shared = linear.name.rpartition(".")[0] if linear.role == "column" else linear.name
             order = orders.setdefault(shared, torch.randperm(linear.in_features, generator=generator))
             bias = f"{arch.module_name(prefix + linear.name)}.bias" in dense
-            weight = random_weight(linear.in_features, linear.out_features, spec, generator, order, bias)
+            k, n = linear.in_features, linear.out_features
+            weight: QuantizedWeight | MixedWeight
+            if isinstance(spec, MixSpec):
+                weight = random_mixed_weight(n, k, spec, generator, outliers, ordered, bias)
+            else:
+                weight = random_weight(k, n, spec, generator, order, bias)
             for suffix, tensor in layout.pack(weight).items():
                 tensors[f"{prefix}{linear.name}.{suffix}"] = tensor
     replaced = {arch.module_name(name).rpartition(".")[0] for name in tensors}
@@ -105,7 +147,7 @@ def random_checkpoint(folder: Path, model_type: str, spec: QuantSpec, seed: int 
             tensors[_on_disk(arch, name)] = tensor.half().contiguous()
     if raw.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
-    write_gptq(folder, raw, tensors, QuantConfig(spec, layout))
+    write_folder(folder, raw, tensors, QuantConfig(spec, layout))
     return folder
 
 
@@ -115,18 +157,21 @@ def _on_disk(arch: Any, name: str) -> str:
     return name
 
 
-def write_gptq(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], quant: QuantConfig) -> None:
-    """A folder as public quantizers write it: one file, both config files, no section of ours."""
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], quant: QuantConfig) -> None:
+    """One file and its config; GPTQ as public quantizers write it: both config files, no section of ours."""
     folder.mkdir(parents=True)
     section = quant.to_json()
-    del section["bitshard"]
+    if isinstance(quant.layout, GptqLayout):
+        del section["bitshard"]
+        (folder / "quantize_config.json").write_text(json.dumps(section))
+    else:
+        section["bitshard"] = {"version": FORMAT_VERSION, "layout": quant.layout.name}
     save_file({n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
-    (folder / "quantize_config.json").write_text(json.dumps(section))
 
 
 def dense_model(path: Path) -> Any:
-    """The fp32 transformers model with the dequantized weights of a GPTQ checkpoint: the reference for logits."""
+    """The fp32 transformers model with the dequantized weights of a quantized checkpoint: the reference for logits."""
     checkpoint = Checkpoint.open(path)
     config = AutoConfig.from_pretrained(path)
     del config.quantization_config
@@ -138,7 +183,8 @@ def dense_model(path: Path) -> Any:
             state[arch.module_name(name)] = checkpoint.tensor(name).float()
     for name in matrices:
         weight = checkpoint.weight(name)
-        state[arch.module_name(name) + ".weight"] = weight.dequantize().T.contiguous()
+        matrix = weight.dequantize() if isinstance(weight, MixedWeight) else weight.dequantize().T
+        state[arch.module_name(name) + ".weight"] = matrix.contiguous()
         if weight.bias_N is not None:
             state[arch.module_name(name) + ".bias"] = weight.bias_N.float()
     if arch.mlp.experts:

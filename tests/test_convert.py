@@ -15,7 +15,7 @@ from bitshard.models import architecture, block_linears, mlp_paths, shapes
 from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
-from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, random_weight, rewrite, token_ids, write_gptq
+from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, random_weight, rewrite, token_ids, write_folder
 
 SYM = QuantSpec(4, 16, sym=True, desc_act=True)
 ASYM3 = QuantSpec(3, 32, sym=False, desc_act=True)
@@ -198,7 +198,7 @@ def chatglm(folder: Path, spec: QuantSpec) -> Path:
             for suffix, tensor in GptqLayout(2).pack(weight).items():
                 tensors[f"transformer.encoder.layers.{layer}.{linear.name}.{suffix}"] = tensor
         tensors[f"transformer.encoder.layers.{layer}.input_layernorm.weight"] = torch.ones(64)
-    write_gptq(folder, config, tensors, QuantConfig(spec, GptqLayout(2)))
+    write_folder(folder, config, tensors, QuantConfig(spec, GptqLayout(2)))
     return folder
 
 

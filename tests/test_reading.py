@@ -19,7 +19,7 @@ from bitshard.models import architecture, block_linears, shapes
 from bitshard.quantconfig import QuantConfig
 from bitshard.spec import QuantSpec
 from bitshard.verify import verify
-from factory import CONFIGS, random_checkpoint, random_weight, write_gptq
+from factory import CONFIGS, random_checkpoint, random_weight, write_folder
 
 CONFIG = {**CONFIGS["llama"], "model_type": "llama"}
 Known = dict[str, torch.Tensor]  # dequantized weights by name
@@ -50,7 +50,7 @@ def known_checkpoint(
                 weight = replace(weight, scales_GN=weight.scales_GN.to(dtype))
                 known[name] = weight.dequantize()
                 written |= {f"{name}.{suffix}": tensor for suffix, tensor in quant.layout.pack(weight).items()}
-    write_gptq(folder, CONFIG, written, quant)
+    write_folder(folder, CONFIG, written, quant)
     return known
 
 

@@ -277,6 +277,11 @@ class Mix64Layout:
     }
     suffixes: ClassVar[tuple[str, ...]] = (*dtypes, "bias")
     order_suffix: ClassVar[str] = "strip_order"
+    metadata: ClassVar[Mapping[str, tuple[str, ...]]] = {  # suffixes, by MixSpec.metadata
+        "fine": ("scales2", "qscales", "qzeros"),
+        "paper": ("scales2", "qmeta", "zeros2", "row_scales", "row_zeros"),
+    }
+    outliers: ClassVar[tuple[str, ...]] = ("outlier_rows", "outlier_columns", "outlier_values")
 
     def unpack(
         self, name: str, tensors: Mapping[str, torch.Tensor], spec: MixSpec, size: tuple[int, int] | None = None
@@ -292,8 +297,7 @@ class Mix64Layout:
         """`unpack` of tensors that were checked before."""
         outliers = None
         if "outlier_rows" in tensors:
-            rows, columns, values = (tensors[f"outlier_{part}"] for part in ("rows", "columns", "values"))
-            outliers = Outliers(rows, columns.to(torch.int32), values)
+            outliers = _outliers(tensors)
         return MixedWeight(
             spec,
             in_features,
@@ -314,14 +318,50 @@ class Mix64Layout:
                     "outlier_columns", f"{weight.codes_NK.shape[1]} input channels", f"{MAX_COLUMNS} at most",
                     "quantize without outliers",
                 )  # fmt: skip
-            tensors["outlier_rows"] = weight.outliers.row_starts
-            tensors["outlier_columns"] = weight.outliers.columns.to(torch.uint16)
-            tensors["outlier_values"] = weight.outliers.values
+            columns = weight.outliers.columns.to(torch.uint16)
+            tensors |= zip(self.outliers, (weight.outliers.row_starts, columns, weight.outliers.values), strict=True)
         if weight.strip_order_S is not None:
             tensors["strip_order"] = weight.strip_order_S.to(torch.int16)
         if weight.bias_N is not None:
             tensors["bias"] = weight.bias_N
         return {suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
+
+    def cut_columns(
+        self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, ranges: Sequence[tuple[int, int]]
+    ) -> dict[str, torch.Tensor]:
+        """The output channels [start, stop) of `ranges`, which begin at a multiple of a tile or where another ends."""
+        merged: list[tuple[int, int]] = []
+        for start, stop in ranges:
+            joins = bool(merged) and merged[-1][1] == start
+            merged[-1:] = [(merged[-1][0], stop)] if joins else [*merged[-1:], (start, stop)]
+        per_entry = {"scales2": spec.tile, "zeros2": spec.tile, "row_zeros": 2}  # output channels of an entry of dim 0
+        cut = {}
+        for suffix, tensor in tensors.items():
+            if suffix == "strip_order":
+                cut[suffix] = tensor
+            elif suffix not in self.outliers:
+                channels = per_entry.get(suffix, 1)
+                cut[suffix] = torch.cat([tensor[a // channels : ceil(b / channels)] for a, b in merged])
+        if "outlier_rows" in tensors:
+            outliers = _outliers(tensors)
+            rows = torch.cat([torch.arange(a, b) for a, b in merged])
+            local = torch.full((len(outliers.row_starts) - 1,), -1).index_put((rows,), torch.arange(len(rows)))
+            cut |= _outlier_tensors(outliers, local[outliers.rows()], outliers.columns, len(rows))
+        return cut
+
+    def cut_rows(self, tensors: Mapping[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
+        """One rank's blocks of input channels, `size` ranks holding as many each; no `strip_order`."""
+        cut = {
+            suffix: tensor.chunk(size, dim=1)[rank].contiguous() if tensor.dim() > 1 else tensor
+            for suffix, tensor in tensors.items()
+            if suffix not in self.outliers
+        }
+        if "outlier_rows" in tensors:
+            outliers, width = _outliers(tensors), cut["qweight"].shape[1] * STRIP
+            columns = outliers.columns - rank * width
+            rows = torch.where((columns >= 0) & (columns < width), outliers.rows(), -1)
+            cut |= _outlier_tensors(outliers, rows, columns, len(cut["qweight"]))
+        return cut
 
     def matrix_bytes(
         self, shapes: Mapping[str, Sequence[int]], spec: MixSpec, size: tuple[int, int], irregular: bool
@@ -537,6 +577,22 @@ def _unpack_metadata(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict
     }
 
 
+def _outliers(tensors: Mapping[str, torch.Tensor]) -> Outliers:
+    starts, columns, values = (tensors[suffix] for suffix in Mix64Layout.outliers)
+    return Outliers(starts, columns.to(torch.int32), values)
+
+
+def _outlier_tensors(
+    outliers: Outliers, rows: torch.Tensor, columns: torch.Tensor, out_features: int
+) -> dict[str, torch.Tensor]:
+    """Tensors by suffix of the outliers whose new row is 0 or more; rows must be in rising order."""
+    kept = rows >= 0
+    counts = torch.bincount(rows[kept], minlength=out_features)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    arrays = starts, columns[kept].to(torch.uint16), outliers.values[kept]
+    return dict(zip(Mix64Layout.outliers, arrays, strict=True))
+
+
 def _join(values: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     """Fields in the last dimension to one int32 each, lowest bits first."""
     starts = (0, *accumulate(widths))
@@ -594,7 +650,7 @@ def _check_outliers(
             f"{name}.outlier_rows", f"rows from {int(starts[0])} to {int(starts[-1])}, or not rising",
             f"starts that rise from 0 to {len(columns)}", "get the file again",
         )  # fmt: skip
-    rows = Outliers(starts, columns, columns).rows()
+    rows = _outliers(tensors).rows()
     strips = tensors["qweight"].shape[1]
     wrong = None
     if bool((columns >= strips * STRIP).any()) or bool(torch.isin(columns, unused).any()):

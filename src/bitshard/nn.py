@@ -1,4 +1,4 @@
-"""Modules that run packed weights: QuantLinear, and Experts for a mixture of them."""
+"""Modules that run packed weights: QuantLinear, Mix64Linear, and Experts for a mixture of either."""
 
 from __future__ import annotations
 
@@ -6,25 +6,42 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bitshard.bitpack import packed_length
-from bitshard.kernels import gptq_linear
-from bitshard.layout import GptqLayout
+from bitshard.kernels import gptq_linear, mix64_linear
+from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
-from bitshard.spec import QuantSpec
+from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
-class QuantLinear(nn.Module):
-    """A linear layer over GPTQ tensors, under their public names.
+class PackedLinear(nn.Module):
+    """A linear layer over a layout's tensors, under their names on disk.
 
-    After the weights are in, `order_rows` sorts them by group once; from then on every scale is read in order and only
-    `perm` is left of `g_idx`: the gather of the input that the file's order asks for, None when there is none.
     in_features and out_features are the full sizes; a tensor-parallel rank holds a slice of the tensors.
     """
 
     # transformers' tensor parallelism then runs forward on local tensors and does the all-reduce and bias outside
     _hf_quantized_needs_local_tp = True
+    cut: str  # how a tensor-parallel slice is taken; see integrations.transformers
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def replace(self, **tensors: torch.Tensor) -> None:
+        """Other tensors under the public names."""
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+
+class QuantLinear(PackedLinear):
+    """A linear layer over GPTQ tensors.
+
+    After the weights are in, `order_rows` sorts them by group once; from then on every scale is read in order and only
+    `perm` is left of `g_idx`: the gather of the input that the file's order asks for, None when there is none.
+    """
 
     def __init__(
         self,
@@ -35,8 +52,7 @@ class QuantLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         self.spec, self.layout = spec, layout
         groups = in_features // spec.group(in_features)
 
@@ -50,7 +66,7 @@ class QuantLinear(nn.Module):
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self.perm: torch.Tensor | None = None
         self.sorted_perm: torch.Tensor | None = None  # order of all K input channels, on ranks that sort before the cut
-        self.cut = "plain"  # how a tensor-parallel slice is taken; see integrations.transformers
+        self.cut = "plain"
 
     def order_rows(self) -> None:
         """Sort the rows by group (stable, 2402.04925 Algorithm 1) and drop `g_idx` where groups come out whole.
@@ -84,11 +100,6 @@ class QuantLinear(nn.Module):
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
-    def replace(self, **tensors: torch.Tensor) -> None:
-        """Other tensors under the public names."""
-        for name, tensor in tensors.items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
         assert self.g_idx is not None
@@ -105,6 +116,42 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.spec.bits}-bit, group_size={self.spec.group_size}"
+
+
+class Mix64Linear(PackedLinear):
+    """A linear layer over `mix64` tensors; empty until `replace` gives it a matrix's, or a rank's slice of them."""
+
+    cut = "ours"
+    qweight: nn.Parameter
+    strip_order: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, spec: MixSpec) -> None:
+        super().__init__(in_features, out_features)
+        self.spec = spec
+        for suffix in Mix64Layout.suffixes:
+            self.register_parameter(suffix, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        strips = self.qweight.shape[1]
+        unused = strips * STRIP - x.shape[-1]
+        if unused:
+            x = F.pad(x, (0, unused))
+        if self.strip_order is not None:
+            x = x.reshape(*x.shape[:-1], strips, STRIP)[..., self.strip_order.long(), :].flatten(-2)
+        metadata, outliers = (
+            [self.get_parameter(suffix) for suffix in suffixes if self._parameters[suffix] is not None]
+            for suffixes in (Mix64Layout.metadata[self.spec.metadata], Mix64Layout.outliers)
+        )
+        spec = self.spec
+        y: torch.Tensor = mix64_linear(
+            x, self.qweight, self.qextra, metadata, outliers, spec.bits, spec.fraction_4bit, spec.metadata
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.spec}"
 
 
 def hoist_gather(consumers: Sequence[nn.Module]) -> torch.Tensor | None:

@@ -1,14 +1,16 @@
-"""GPTQ checkpoints in transformers: QuantLinear in place of nn.Linear, cut by transformers' own tensor parallelism.
+"""Quantized checkpoints in transformers: our modules for nn.Linear, run by transformers' own tensor parallelism.
 
 transformers reads each rank's slice of every tensor from disk through DTensor placements; the styles below say which
-slice of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. A style's
-hooks then surround the module's forward. Private names of transformers are used in this file alone.
+slice of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. What no
+placement describes, `mix64` among it, is read and cut here. A style's hooks then surround the module's forward. Private
+names of transformers are used in this file alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,18 +32,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
-from bitshard.layout import GptqLayout
+from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
-from bitshard.nn import Experts, QuantLinear, hoist_gather
+from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
 from bitshard.plan import TPPlan
-from bitshard.spec import QuantSpec
+from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
 def load(
     path: Path, tp_size: int = 1, strategy: Strategy = "tp-aware", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A causal language model of the checkpoint `path`, 16-bit or GPTQ, ready to generate.
+    """A causal language model of the checkpoint `path`, 16-bit or quantized, ready to generate.
 
     tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
     on a CPU and the checkpoint's own elsewhere. Raises PlanError when the degree or the strategy does not fit, and
@@ -129,7 +131,8 @@ def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> No
 
 def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
     """Raise PlanError unless this strategy can run this model on `tp_size` ranks."""
-    mlp_rows = [name for name in sorted(plan.gathered) if not name.endswith(plan.arch.attention.row)]
+    irregular = frozenset(name for name in plan.gathered if isinstance(plan.spec_of(name), QuantSpec))
+    mlp_rows = [name for name in sorted(irregular) if not name.endswith(plan.arch.attention.row)]
     if strategy == "tp-aware" and mlp_rows:
         raise PlanError(
             mlp_rows[0],
@@ -138,7 +141,7 @@ def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
             "run `bitshard convert` first, or choose strategy local-sort",
         )
     if strategy == "naive":  # sorted before it is cut, so the cut must fall between groups everywhere
-        plan = TPPlan(plan.arch, plan.sizes, plan.spec_of)
+        plan = replace(plan, gathered=plan.gathered - irregular)
     plan.require(tp_size)
 
 
@@ -180,6 +183,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.checkpoint = Checkpoint.open(Path(quantization_config.path))
         self.plan = self.checkpoint.plan()
+        self.linears = {name: linear for i in range(self.plan.sizes.layers) for name, linear in self.plan.linears(i)}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         arch, self.dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
@@ -191,8 +195,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             for module_name, name in modules.items():
                 parent, linear = model.get_submodule(module_name.rpartition(".")[0]), self._quant_linear(name)
                 setattr(parent, module_name.rpartition(".")[2], linear)
-                if linear.cut == "ours" and self.quantization_config.tp_size > 1:
-                    linear.leave_out()
+                if linear.cut == "ours":
                     ignored.add(re.escape(module_name))
                 parent._is_hf_initialized = True  # else GPT-BigCode's initialiser looks for a dense weight in it
         model._keys_to_ignore_on_load_unexpected = ignored
@@ -211,15 +214,21 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Experts(sizes.experts, act_fn, make_linear))
 
-    def _quant_linear(self, name: str) -> QuantLinear:
+    def _quant_linear(self, name: str) -> PackedLinear:
         spec, layout = self.checkpoint.spec_of(name), self.checkpoint.layout
-        assert isinstance(spec, QuantSpec) and isinstance(layout, GptqLayout)
         shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
+        if isinstance(spec, MixSpec):
+            n, strips = shapes[f"{name}.qweight"]
+            k, _ = self.checkpoint.size_of(name) or (strips * STRIP, n)
+            return Mix64Linear(k, n, spec)
+        assert isinstance(spec, QuantSpec) and isinstance(layout, GptqLayout)
         words, n = shapes[f"{name}.qweight"]
         linear = QuantLinear(words * 32 // spec.bits, n, spec, layout, f"{name}.bias" in shapes, self.dtype)
         if f"{name}.g_idx" not in shapes:
             linear.g_idx = None
-        linear.cut = self._cut(name)
+        linear.cut = self._cut(name) if self.quantization_config.tp_size > 1 else "plain"
+        if linear.cut == "ours":
+            linear.leave_out()
         return linear
 
     def _cut(self, name: str) -> str:
@@ -240,29 +249,36 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
         for module_name, name in names.items():
             linear = model.get_submodule(module_name)
-            assert isinstance(linear, QuantLinear)
+            assert isinstance(linear, PackedLinear)
             _to_local(linear)
-            if self.quantization_config.tp_size > 1:
-                self._cut_after_loading(name, linear)
-            linear.order_rows()
+            if linear.cut == "ours":
+                linear.replace(**self._own_tensors(name))
+            if isinstance(linear, QuantLinear):
+                linear.order_rows()
+                if linear.cut == "sorted":
+                    linear.keep_rows(dist.get_rank(), self.quantization_config.tp_size)
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
         return model
 
-    def _cut_after_loading(self, name: str, linear: QuantLinear) -> None:
-        """The two slices that no placement describes: q with a shared k and v, and rows sorted before they are cut."""
-        rank, size = dist.get_rank(), self.quantization_config.tp_size
-        if linear.cut == "ours":
-            below = name.removeprefix(f"{self.plan.arch.blocks}.").partition(".")[2]
-            tensors = self.checkpoint.matrix_columns(name, self.plan.columns(below, rank, size))
-            linear.replace(**{suffix: self._placed(tensor) for suffix, tensor in tensors.items()})
-        elif linear.cut == "sorted":
-            linear.order_rows()
-            linear.keep_rows(rank, size)
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return tensor.to("cuda") if torch.cuda.is_available() else tensor
+    def _own_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """This rank's slice of a matrix that transformers does not read: of GPTQ, q with a shared k and v."""
+        layout, spec, size = self.checkpoint.layout, self.checkpoint.spec_of(name), self.quantization_config.tp_size
+        linear = self.linears.get(name)
+        columns = []
+        if linear and linear.role == "column" and size > 1:
+            columns = self.plan.columns(linear.name, dist.get_rank(), size)
+        if isinstance(layout, Mix64Layout):
+            assert isinstance(spec, MixSpec)
+            tensors = self.checkpoint.matrix_tensors(name)
+            if columns:
+                tensors = layout.cut_columns(tensors, spec, columns)
+            elif linear and size > 1:
+                tensors = layout.cut_rows(tensors, dist.get_rank(), size)
+        else:
+            tensors = self.checkpoint.matrix_columns(name, columns)
+            tensors |= {suffix: t.to(self.dtype) for suffix, t in tensors.items() if t.is_floating_point()}
+        return {suffix: t.to("cuda") if torch.cuda.is_available() else t for suffix, t in tensors.items()}
 
     def _finish_block(self, block: nn.Module) -> None:
         arch, size = self.plan.arch, self.quantization_config.tp_size
@@ -296,7 +312,7 @@ def _hoist(block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
         block.get_submodule(norm).register_forward_hook(lambda module, args, out: out[..., perm])
 
 
-def _to_local(linear: QuantLinear) -> None:
+def _to_local(linear: PackedLinear) -> None:
     """This rank's slice as a plain tensor: the op knows no DTensor."""
     for name, parameter in list(linear.named_parameters(recurse=False)):
         if isinstance(parameter, DTensor):
@@ -320,16 +336,17 @@ class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         if not isinstance(module, QuantLinear):
-            super().shard_param(module, param, mesh)
+            if not isinstance(module, PackedLinear):  # one that is empty until it is cut in BitshardQuantizer
+                super().shard_param(module, param, mesh)
             return
         dim = COLUMN_DIM.get(param)
         placement: Placement = Replicate()
-        if dim is not None and module.cut != "ours":
+        if dim is not None:
             placement = _StridedShard(dim, split_factor=2) if module.cut == "parts" else Shard(dim)
         _distribute(module, param, mesh, placement)
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedLinear):
             return args, kwargs
         return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
 
@@ -339,7 +356,8 @@ class RowStyle(RowwiseParallel):  # type: ignore[misc]
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         if not isinstance(module, QuantLinear):
-            super().shard_param(module, param, mesh)
+            if not isinstance(module, PackedLinear):  # one that is empty until it is cut in BitshardQuantizer
+                super().shard_param(module, param, mesh)
             return
         cut = {"qweight", "g_idx"}
         if module.cut == "plain" and module.scales.shape[0] > 1:
@@ -348,15 +366,15 @@ class RowStyle(RowwiseParallel):  # type: ignore[misc]
         _distribute(module, param, mesh, Replicate() if whole else Shard(ROW_DIM[param]))
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedLinear):
             if module.cut == "sorted":
-                assert module.sorted_perm is not None
+                assert isinstance(module, QuantLinear) and module.sorted_perm is not None
                 return (gather_permute_chunk(args[0], module.sorted_perm, mesh.get_group()), *args[1:]), kwargs
             return args, kwargs
         return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
 
     def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, PackedLinear):
             return super().transform_output_post_forward(module, output, mesh)
         dist.all_reduce(output, group=mesh.get_group())
         return output if module.bias is None else output + module.bias.to(output.dtype)

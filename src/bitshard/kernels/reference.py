@@ -1,11 +1,14 @@
-"""Plain torch: what every kernel of the op must equal. Shape legend: M tokens, K input, N output channels, G groups."""
+"""Plain torch: what every kernel must equal. Shape legend: M tokens, K input, N output channels, G groups."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from bitshard.bitpack import unpack
-from bitshard.layout import GptqLayout
+from bitshard.layout import GptqLayout, Mix64Layout
+from bitshard.spec import MixSpec
 
 
 def dequantize(
@@ -41,3 +44,21 @@ def gptq_linear(
 ) -> torch.Tensor:
     """x [..., K] times the dequantized matrix, both in x's dtype."""
     return x @ dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, x.dtype)
+
+
+def mix64_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qextra: torch.Tensor | None,
+    metadata: Sequence[torch.Tensor],
+    outliers: Sequence[torch.Tensor],
+    bits: int,
+    fraction_4bit: float,
+    metadata_kind: str,
+) -> torch.Tensor:
+    """x [..., K] times the dequantized matrix, outliers included, both in x's dtype."""
+    layout, spec = Mix64Layout(), MixSpec(bits, fraction_4bit, metadata_kind)
+    tensors = {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
+    tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
+    tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
+    return x @ layout.decode(tensors, spec, x.shape[-1]).dequantize(x.dtype).T
