@@ -15,6 +15,7 @@ LAYERS = (
     ("edit", "checkpoint", "sources", "solver", "kernels", "parallel"),
     ("nn", "writer", "inspection", "planning"),
     ("blockwise", "convert"),
+    ("ordering",),
     ("pipeline", "integrations"),
     ("bench", "doctor", "evaluate", "generate", "verify"),
     ("demo",),
@@ -30,7 +31,7 @@ ENGINES = {
     "gguf": {"sources"},
     "lm_eval": {"evaluate"},
     "typer": {"cli"},
-    "matplotlib": {"bench", "demo"},
+    "matplotlib": {"bench", "demo", "inspection"},
 }
 
 

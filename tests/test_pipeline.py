@@ -20,7 +20,7 @@ from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanErr
 from bitshard.models import mlp_paths
 from bitshard.pipeline import Calibration, QuantizeReport, quantize
 from bitshard.solver.hessian import Hessian
-from bitshard.spec import QuantSpec
+from bitshard.spec import GPTQ_RECIPE, QuantSpec
 from dense import random_model, random_text
 from factory import CONFIGS, dense_model, rewrite, token_ids
 
@@ -54,7 +54,7 @@ def test_blockwise_is_the_model(model_type: str, changes: dict[str, Any], dtype:
     checkpoint = Checkpoint.open(random_model(tmp_path / "m", model_type, dtype=dtype, **changes))
     tokens = token_ids(96, shape=(3, 11))
     blockwise = BlockwiseModel(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
-    states = [blockwise.embed(tokens)]
+    states = [blockwise.embed(tokens, checkpoint.read)]
     for layer in range(checkpoint.sizes.layers):
         blockwise.load(layer, checkpoint.read(checkpoint.names_in_block(layer)))
         states.append(blockwise.run(layer, states[-1]))
@@ -162,7 +162,7 @@ from pathlib import Path
 import torch
 from bitshard.models import mlp_paths
 from bitshard.pipeline import Calibration, quantize
-from bitshard.spec import QuantSpec
+from bitshard.spec import GPTQ_RECIPE, QuantSpec
 
 torch.set_num_threads(1)
 model, out, text = map(Path, sys.argv[1:])
@@ -239,6 +239,7 @@ def test_config_says_where_it_comes_from_and_no_more(text: Path, tmp_path: Path)
         "samples": 6,
         "length": 24,
         "seed": 0,
+        "recipe": vars(GPTQ_RECIPE),
     }
     assert str(tmp_path) not in json.dumps(config)
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -253,7 +254,7 @@ def test_odd_sizes_are_padded_with_zeros(model_type: str, text: Path, tmp_path: 
     with pytest.raises(SpecError, match=rf"h?\.0\.({'|'.join((*mlp[0], mlp[1]))}): found (92|184) .*--pad-to 1"):
         quantize(model, tmp_path / "out", spec, small(text))
     assert not list(tmp_path.glob("out*"))
-    report = quantize(model, tmp_path / "out", spec, small(text), pad_to=1)
+    report = quantize(model, tmp_path / "out", spec, small(text), max_tp=1)
     assert report.padded["intermediate"] == 96
     assert_close_logits(model, tmp_path / "out")
 
@@ -263,7 +264,7 @@ def test_whole_kv_groups_are_padded(model_type: str, text: Path, tmp_path: Path)
     """3 KV heads on 2 ranks become 4; the head's length stays, whether config.json names it or not."""
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     model = random_model(tmp_path / "m", model_type, **heads, **({"head_dim": 16} if model_type == "llama" else {}))
-    report = quantize(model, tmp_path / "out", QuantSpec(8, 16, sym=False), small(text), pad_to=2)
+    report = quantize(model, tmp_path / "out", QuantSpec(8, 16, sym=False), small(text), max_tp=2)
     assert (report.padded["heads"], report.padded["kv_heads"]) == (8, 4)
     assert 2 in Checkpoint.open(tmp_path / "out").plan().legal_degrees()
     assert_close_logits(model, tmp_path / "out")
@@ -303,7 +304,7 @@ def test_refuses_before_any_work(text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="an existing file or folder"):
         quantize(model, tmp_path / "done", SPEC, small(text))
     with pytest.raises(PlanError, match="no zero-padding"):
-        quantize(random_model(tmp_path / "b", "gpt_bigcode"), tmp_path / "refused", SPEC, small(text), pad_to=3)
+        quantize(random_model(tmp_path / "b", "gpt_bigcode"), tmp_path / "refused", SPEC, small(text), max_tp=3)
     (model / "tokenizer.json").unlink()
     refused(CheckpointError, r"no usable tokenizer", model, SPEC, small(text))
     assert not list(tmp_path.glob("refused*"))
@@ -381,9 +382,9 @@ def test_a_trained_model_stays_as_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """stories260K, 172 channels in its MLP: close to float32, and closer than rounding to nearest."""
-    quantize(stories, tmp_path / "out", spec, calibration, pad_to=1)
+    quantize(stories, tmp_path / "out", spec, calibration, max_tp=1)
     monkeypatch.setattr(Hessian, "matrix", lambda self: torch.eye(len(self._sum_KK)))
-    quantize(stories, tmp_path / "rounded", spec, calibration, pad_to=1)
+    quantize(stories, tmp_path / "rounded", spec, calibration, max_tp=1)
     exact = perplexity(hf_model(stories), told[40:])
     ours, rounded = (perplexity(dense_model(tmp_path / name), told[40:]) for name in ("out", "rounded"))
     print(f"{spec}: perplexity {exact:.4f} in float32, {ours:.4f} quantized, {rounded:.4f} rounded")

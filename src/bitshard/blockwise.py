@@ -5,7 +5,8 @@ Shape legend: S segments of L tokens, H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError
 from bitshard.models import Architecture, Shapes
 from bitshard.nn import Experts
-from bitshard.solver.hessian import Hessian
+
+Read = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
+Watcher = Callable[[torch.Tensor], None]  # is given a matrix's input, [..., K]
 
 
 class _Stop(Exception):
@@ -45,17 +48,18 @@ class BlockwiseModel:
         self._arguments: dict[int, tuple[Any, Mapping[str, Any]]] = {}
 
     @torch.no_grad()
-    def embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens_SL: torch.Tensor, read: Read) -> torch.Tensor:
         """Inputs of the first block, float32 [S, L, H] on the CPU. To be called once, before any block is run.
 
-        Raises CheckpointError for a weight that is missing, here as in `load`.
+        read: gives tensors outside the blocks by name. Raises CheckpointError for a weight that is missing, here as in
+        `load`.
         """
         assert self._model is not None
         base, prefix, embedded = self._model.base_model, f"{self._model.base_model_prefix}.", []
         assert isinstance(base, nn.Module)
         wanted = {prefix + name for name in base.state_dict()}
         names = [name for name in self.checkpoint.names_outside_blocks() if self.arch.module_name(name) in wanted]
-        self._load(base, self.checkpoint.read(names), prefix, but=self._blocks)
+        self._load(base, read(names), prefix, but=self._blocks)
 
         def record(layer: int) -> Callable[..., torch.Tensor]:
             def forward(hidden_1LH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -89,35 +93,40 @@ class BlockwiseModel:
         return module
 
     @torch.no_grad()
-    def run(self, layer: int, hidden_SLH: torch.Tensor) -> torch.Tensor:
-        """The block's outputs, float32 on the CPU."""
-        return torch.cat([self._run_one(layer, hidden_LH).cpu() for hidden_LH in hidden_SLH])
+    def run(self, layer: int, hidden_SLH: torch.Tensor, watch: Mapping[str, Watcher] | None = None) -> torch.Tensor:
+        """The block's outputs, float32 on the CPU; watch: called with every segment's inputs of the named matrices."""
+        with self._watching(layer, watch or {}):
+            return torch.cat([self._run_one(layer, hidden_LH).cpu() for hidden_LH in hidden_SLH])
 
     @torch.no_grad()
-    def hessians(self, layer: int, hidden_SLH: torch.Tensor, inputs_of: Sequence[str]) -> list[Hessian]:
-        """One Hessian for the inputs of each named matrix. With one matrix the block is run only as far as that."""
-        modules = [self.linear(layer, name) for name in inputs_of]
-        hessians = [Hessian(module.in_features, self.device) for module in modules]
+    def run_as_far_as(self, layer: int, hidden_SLH: torch.Tensor, watch: Mapping[str, Watcher]) -> None:
+        """The same for the inputs alone, which lie side by side: with one matrix the block is run only up to it."""
 
-        def watch(hessian: Hessian) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                hessian.add(args[0])
-                if len(hessians) == 1:
-                    raise _Stop
+        def last(watcher: Watcher) -> Watcher:
+            def watch_and_stop(x: torch.Tensor) -> None:
+                watcher(x)
+                raise _Stop
 
-            return hook
+            return watch_and_stop
 
-        handles = [m.register_forward_pre_hook(watch(h)) for m, h in zip(modules, hessians, strict=True)]
-        try:
+        if len(watch) == 1:
+            watch = {name: last(watcher) for name, watcher in watch.items()}
+        with self._watching(layer, watch):
             for hidden_LH in hidden_SLH:
-                try:
+                with suppress(_Stop):
                     self._run_one(layer, hidden_LH)
-                except _Stop:
-                    continue
+
+    @contextmanager
+    def _watching(self, layer: int, watch: Mapping[str, Watcher]) -> Iterator[None]:
+        def hook(watcher: Watcher) -> Callable[..., None]:
+            return lambda module, args: watcher(args[0])
+
+        handles = [self.linear(layer, name).register_forward_pre_hook(hook(watcher)) for name, watcher in watch.items()]
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return hessians
 
     def _run_one(self, layer: int, hidden_LH: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._arguments[layer]

@@ -138,7 +138,7 @@ def quantize(
     if format != "gptq":
         raise SpecError("--format", repr(format), "'gptq'", "choose it")
     spec = QuantSpec(bits, group_size, sym, desc_act, static_groups)
-    report = run(model, out, spec, Calibration(calibration, samples, length, seed), pad_to, _progress)
+    report = run(model, out, spec, Calibration(calibration, samples, length, seed), None, pad_to, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
     title = f"{out}: {len(report.matrices)} matrices, the worst five"
     table = _columns(title, "matrix", "relative output error", left=["matrix"])
@@ -180,18 +180,30 @@ def convert(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or hub id; config.json is enough.")],
-    bits: Annotated[int, typer.Option(help="Width to plan a 16-bit model with.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Group size to plan a 16-bit model with.")] = 128,
+    format: Annotated[str, typer.Option(help="Format to plan a 16-bit model with: gptq or mix64.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Its width; 4 for gptq, 2 for mix64.")] = None,
+    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: share of 4-bit strips; 0.25 at 2 bits.")] = None,
+    metadata: Annotated[str, typer.Option(help="mix64: fine or paper.")] = "fine",
+    group_size: Annotated[int, typer.Option(help="gptq: its group size.")] = 128,
     pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="Memory bandwidth of one device, for the time floor.")] = None,
     as_json: Json = False,
 ) -> None:
     """A dry run from shapes alone: bits, bytes per rank, legal TP degrees and why the others are not."""
+    from bitshard.errors import SpecError
     from bitshard.planning import plan_model
     from bitshard.sources import resolve
-    from bitshard.spec import QuantSpec
+    from bitshard.spec import MixSpec, QuantSpec
 
-    report = plan_model(resolve(model), QuantSpec(bits, group_size), pad, gb_per_s)
+    if format not in ("gptq", "mix64"):
+        raise SpecError("--format", repr(format), "'gptq' or 'mix64'", "choose one of them")
+    if format == "mix64":
+        bits = 2 if bits is None else bits
+        default = 0.25 if bits == 2 else 0.0
+        spec: MixSpec | QuantSpec = MixSpec(bits, default if fraction_4bit is None else fraction_4bit, metadata)
+    else:
+        spec = QuantSpec(4 if bits is None else bits, group_size)
+    report = plan_model(resolve(model), spec, pad, gb_per_s)
     notes = []
     if report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
@@ -199,9 +211,8 @@ def plan(
             f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. Do it: convert --pad-to {pad}"
         )
     if report.gathered:
-        notes.append(
-            f"{len(report.gathered)} row matrices have an irregular g_idx; `bitshard convert` reorders the MLPs'"
-        )
+        cure = "`bitshard convert` reorders the MLPs'" if isinstance(report.spec, QuantSpec) else "they cannot be cut"
+        notes.append(f"{len(report.gathered)} row matrices want their input in another order; {cure}")
     _emit(report, as_json, _plan_table(report), *notes)
 
 
@@ -224,15 +235,19 @@ def _plan_table(report: ModelPlan) -> Table:
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="GPTQ folder or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Quantized folder or hub id.")],
     layers: Annotated[bool, typer.Option("--layers", help="Every matrix, not one line for each kind.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw a heat map, layers x linears.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint says it is: method, layout, order, sizes, TP degrees, provenance."""
+    from bitshard.inspection import draw
     from bitshard.inspection import inspect as run
     from bitshard.sources import resolve
 
     report = run(resolve(checkpoint))
+    if picture:
+        draw(report, picture)
     facts = {
         "model": report.model_type,
         "method, layout": f"{report.method}, {report.layout} version {report.version}",
@@ -247,19 +262,21 @@ def inspect(
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:
-    settings = report.matrices[0].spec.facts()
+    """A line for each matrix or kind of matrix; settings where they differ, the rest of the spec stands above."""
+    facts = [m.spec.facts() for m in report.matrices]
+    settings = [name for name in facts[0] if any(f.get(name) != facts[0][name] for f in facts)]
     columns: dict[str, list[float | int | None]] = {
         "average": [m.average_bits for m in report.matrices],
         "outliers": [m.outliers or None for m in report.matrices],
         "error": [m.error for m in report.matrices],
-        "share 4-bit": [m.share_4bit for m in report.matrices],
+        "4-bit share": [m.share_4bit for m in report.matrices],
     }
     shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     table = _columns(None, "matrix", "K x N", *settings, "order", *shown, "count", left=["matrix", "order"])
     kinds: dict[tuple[str, ...], list[int]] = {}
     for i, m in enumerate(report.matrices):
         name = m.name if every else re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
-        kind = (name, f"{m.in_features} x {m.out_features}", *m.spec.facts().values(), m.order)
+        kind = (name, f"{m.in_features} x {m.out_features}", *(facts[i][setting] for setting in settings), m.order)
         kinds.setdefault(kind, []).append(i)
     for row, members in kinds.items():
         means = [_mean(values[i] for i in members) for values in shown.values()]
@@ -279,7 +296,7 @@ def _below_block(name: str) -> str:
 
 @app.command()
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="GPTQ folder or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Quantized folder or hub id.")],
     against: Annotated[str | None, typer.Option(help="The checkpoint it was converted from.")] = None,
     logits: Annotated[bool, typer.Option(help="Also compare logits, which runs both models.")] = True,
     as_json: Json = False,
@@ -289,7 +306,7 @@ def verify(
     from bitshard.verify import verify as run
 
     report = run(resolve(checkpoint), resolve(against) if against else None, logits, _progress)
-    lines = [f"{report.matrices} modules in the blocks checked: shapes, groups, scales, zeros"]
+    lines = [f"{report.matrices} modules in the blocks checked: shapes, order, scales, zeros"]
     if report.equal_matrices is not None:
         lines.append(f"{report.equal_matrices} equal to those of {against}, bit for bit under the permutations")
     if report.logits_error is not None:

@@ -1,9 +1,13 @@
-"""`bitshard quantize`: a 16-bit model and a text to a GPTQ checkpoint, one decoder block in memory.
+"""`bitshard quantize`: a 16-bit model and a text to a low-bit checkpoint, one decoder block in memory.
 
-Each block is solved in the order its matrices are used ("true sequential"): q, k, v together, then o, then gate and up,
+First the model is put in order (ordering.choose_order), so that what follows meets every channel where it belongs. Then
+each block is solved in the order its matrices are used ("true sequential"): q, k, v together, then o, then gate and up,
 then down, each from the outputs of what is already quantized. A block is run up to the matrices in question and no
-further, so all four steps cost little more than one pass over it. Memory: one block in float32, one stage's Hessians
-(of a mixture: all experts') and the calibration's hidden states.
+further, so all four steps cost little more than one pass over it. The 16-bit block runs beside it on the 16-bit model's
+own hidden states where weights are to make up for what the blocks before have changed (`MixRecipe.correct`).
+
+Memory: one block in float32, or two; one stage's Hessians (of a mixture: all experts'); the calibration's hidden
+states, and what the 16-bit block's matrices read.
 
 An interrupted run leaves `OUT.partial` and continues from there to the same bytes: block i counts as done when its
 shard is there, and what block i + 1 starts from is written before it.
@@ -12,7 +16,7 @@ shard is there, and what block i + 1 starts from is written before it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +30,29 @@ from bitshard.blockwise import BlockwiseModel
 from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.errors import CheckpointError, FormatError, SpecError
-from bitshard.layout import FORMAT_VERSION, GptqLayout
+from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
 from bitshard.models import Architecture, Shapes, mlp_paths
+from bitshard.ordering import choose_order
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
-from bitshard.solver.gptq import SolveReport, gptq
+from bitshard.reorder import ModelOrder
+from bitshard.solver.gptq import DAMP, SolveReport, gptq
+from bitshard.solver.hessian import Hessian
+from bitshard.solver.mixed import solve_mixed
 from bitshard.sources import calibration_text, resolve
-from bitshard.spec import QuantSpec, codes_per_pack
+from bitshard.spec import BLOCK, GPTQ_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
 from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
+ORDER_FILE = "order.safetensors"
+ORDER_SAMPLES = 8  # segments that an order is chosen from; four times as many move perplexity by less than 1 %
 
-# hidden: what the next block reads, float32 [S, L, H]. solved: a row for each matrix so far, in the plan's order:
-# relative error, damping, dead channels, 1 if no token reached it.
+ORDERS = ("hidden_H", "values_LJD", "kv_groups_LJ")  # of ModelOrder; `intermediate` is one for each MLP
+
+# hidden: what the next block reads, float32 [S, L, H]; exact: the same in the 16-bit model, with `correct`. solved: a
+# row for each matrix so far, in the plan's order: relative error, damping, dead channels, 1 if no token reached it,
+# share of the error in 4-bit strips, bytes.
 State = dict[str, torch.Tensor]
 
 
@@ -66,21 +79,29 @@ class Calibration:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done. unseen: experts' matrices that no calibration token reached, rounded without feedback."""
+    """What was done. average_bits: of the quantized matrices, counted from the bytes of all their tensors.
+
+    unseen: experts' matrices that no calibration token reached, rounded without feedback. filled: matrices whose input
+    channels were filled up with zeros to whole blocks of 64, and how many were added.
+    """
 
     out: str
+    average_bits: float
     matrices: Sequence[SolveReport]
     unseen: Sequence[str]
     padded: Mapping[str, int]
+    filled: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One model, from `source` at its own sizes to `sizes`, which padding made larger."""
+    """One model, from `source` at its own sizes to `sizes`, which padding made larger, in its new order."""
 
     checkpoint: Checkpoint
-    spec: QuantSpec
-    padding: Padding | None
+    spec: QuantSpec | MixSpec
+    recipe: MixRecipe
+    padding: Padding | None = None
+    order: ModelOrder | None = None
 
     @property
     def plan(self) -> TPPlan:
@@ -95,35 +116,47 @@ class _Job:
     def config_updates(self) -> dict[str, Any]:
         return self.padding.config_updates(self.checkpoint.arch, self.checkpoint.config) if self.padding else {}
 
+    @property
+    def layout(self) -> GptqLayout | Mix64Layout:
+        return Mix64Layout() if isinstance(self.spec, MixSpec) else _gptq_layout(self.spec)
+
     def read_block(self, layer: int) -> dict[str, torch.Tensor]:
-        """A block's tensors by name, zero-padded, in the file's dtypes."""
-        tensors = self.checkpoint.read(self.checkpoint.names_in_block(layer))
+        """A block's tensors by name, ordered and zero-padded, in the file's dtypes."""
+        tensors, edit = self.checkpoint.read(self.checkpoint.names_in_block(layer)), BlockEdit()
+        if self.order:
+            edit.order_block(self.plan, self.order, layer, tensors)
         if self.padding:
-            edit = BlockEdit()
             edit.pad(self.plan, self.padding, f"{self.checkpoint.arch.blocks}.{layer}.")
-            for name in {*edit.longer, *edit.wider}:
-                own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == name}
-                tensors |= {f"{name}.{suffix}": t for suffix, t in edit.apply_dense(name, own).items()}
-        return tensors
+        return edit.apply_all(tensors)
+
+    def read_outside(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors outside the blocks, ordered."""
+        tensors, edit = self.checkpoint.read(names), BlockEdit()
+        if self.order:
+            edit.order_outside(self.order, tensors)
+        return edit.apply_all(tensors)
 
 
 def quantize(
     model: str | Path,
     out: Path,
-    spec: QuantSpec,
+    spec: QuantSpec | MixSpec,
     calibration: Calibration | None = None,
-    pad_to: int | None = None,
+    recipe: MixRecipe | None = None,
+    max_tp: int | None = None,
     progress: Progress = silent,
 ) -> QuantizeReport:
     """Quantize a 16-bit `model` (folder, .gguf file or hub id) into the new folder `out`; resumes an interrupted run.
 
-    Solved in float32, on a CUDA device where there is one. pad_to: zero-pad MLP channels and whole KV groups until the
-    matrices can be quantized and this tensor-parallel degree is legal; 1 is enough for odd sizes.
-    Raises CheckpointError, FormatError, PlanError or SpecError before any work when something cannot be, SolverError
-    with the matrix's name when numbers cannot; nothing is left under `out` then.
+    spec: a MixSpec writes `mix64`, a QuantSpec the public GPTQ format. recipe: MixRecipe() for `mix64`, for GPTQ plain
+    GPTQ in natural order. Solved in float32, on a CUDA device where there is one. max_tp: zero-pad MLP channels and
+    whole KV groups until the matrices can be quantized and this tensor-parallel degree is legal; 1 is enough for odd
+    sizes. Raises CheckpointError, FormatError, PlanError or SpecError before any work when something cannot be,
+    SolverError with the matrix's name when numbers cannot; nothing is left under `out` then.
     """
     calibration = calibration or Calibration()
-    job = _prepare(resolve(str(model)), spec, pad_to)
+    recipe = recipe or (MixRecipe() if isinstance(spec, MixSpec) else GPTQ_RECIPE)
+    job = _prepare(resolve(str(model)), spec, recipe, max_tp)
     text = calibration_text(calibration.path)
     tokens_SL = _segments(job.checkpoint, text, calibration)
     provenance = {
@@ -131,47 +164,59 @@ def quantize(
         "quantizer": f"bitshard {__version__}",
         "calibration_sha256": hashlib.sha256(text.encode()).hexdigest(),
         **{key: value for key, value in vars(calibration).items() if key != "path"},
+        "recipe": vars(recipe),
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blockwise = BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device)
     task = {
         "verb": "quantize",
         "source": job.checkpoint.fingerprint(),
         "spec": vars(spec),
-        "pad_to": pad_to,
+        "max_tp": max_tp,
         "device": device.type,
         "provenance": provenance,
         "version": FORMAT_VERSION,
     }
-    writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task)
+    writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task, job.layout.name)
+    if recipe.order == "model":
+        job = replace(job, order=_order(job, writer, tokens_SL[:ORDER_SAMPLES], device, progress))
+        provenance["permutation_sha256"] = _digest(job.order)
     if not writer.has(OUTSIDE):
-        writer.write(OUTSIDE, job.checkpoint.read(job.checkpoint.names_outside_blocks()))
-    done, state = _resume(job, blockwise, tokens_SL, writer)
+        writer.write(OUTSIDE, job.read_outside(job.checkpoint.names_outside_blocks()))
+    models = [BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device) for _ in range(1 + recipe.correct)]
+    done, state = _resume(job, models, tokens_SL, writer)
     for layer in progress(range(done, job.sizes.layers), "quantizing"):
-        state = _quantize_block(job, blockwise, writer, layer, state)
-    section = {"version": FORMAT_VERSION, "layout": GptqLayout.name, "provenance": provenance}
+        state = _quantize_block(job, models, writer, layer, state)
+    section = {"version": FORMAT_VERSION, "layout": job.layout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
-    writer.finish(job.checkpoint.path, config, QuantConfig(spec, _layout(spec), (), section))
-    return _report(job, out, state["solved"])
+    report = _report(job, out, state["solved"])
+    facts = {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
+    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, (), section), facts)
+    return report
 
 
-def _prepare(path: Path, spec: QuantSpec, pad_to: int | None) -> _Job:
+def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, max_tp: int | None) -> _Job:
     checkpoint = Checkpoint.open(path)
     if checkpoint.quantization is not None:
         raise FormatError(
             str(path), "a quantized checkpoint", "a 16-bit model", "start from the model it was made from"
         )
-    job = _Job(checkpoint, spec, None)
+    job = _Job(checkpoint, spec, recipe)
     checkpoint.plan()  # refuses a matrix that is missing or has other sizes than config.json gives it
-    if pad_to is not None:
-        job = replace(job, padding=padding_for(job.plan, pad_to))
-    _check_spec(job)
+    if max_tp is not None:
+        job = replace(job, padding=padding_for(job.plan, max_tp))
+    if isinstance(spec, MixSpec):
+        recipe.check(spec)
+    else:
+        _check_gptq(job, spec)
     return job
 
 
-def _check_spec(job: _Job) -> None:
+def _check_gptq(job: _Job, spec: QuantSpec) -> None:
     """Every matrix can be cut into groups and packed into words, or SpecError with its name."""
-    spec = job.spec
+    if spec.desc_act and job.recipe.order == "model":
+        raise SpecError(
+            "desc_act", "true with order model", "one of the two: an ordered model needs no act_order", "leave one out"
+        )
     word = codes_per_pack(spec.bits)
     for name, linear in replace(job.plan, sizes=job.sizes).linears(0):
         k, n = linear.in_features, linear.out_features
@@ -200,8 +245,10 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
             str(checkpoint.path), f"no usable tokenizer ({type(error).__name__})", "the model's tokenizer files",
             "copy them there",
         ) from None  # fmt: skip
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    count = len(tokens) // length
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    first = torch.tensor(tokenizer("")["input_ids"][:1], dtype=torch.int64)  # Gemma is lost without its <bos>
+    own = length - len(first)
+    count = len(tokens) // own if own else 0
     if count < samples:
         raise SpecError(
             "calibration", f"a text of {count} segments of {length} tokens", f"at least {samples}",
@@ -209,17 +256,47 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
         )  # fmt: skip
     generator = torch.Generator().manual_seed(calibration.seed)
     chosen = torch.randperm(count, generator=generator)[:samples] if calibration.seed else torch.arange(samples)
-    return tokens[: count * length].view(count, length)[chosen]
+    segments_SL = torch.cat([first.expand(count, -1), tokens[: count * own].view(count, own)], dim=1)[chosen]
+    vocabulary = checkpoint.config.get("vocab_size", int(segments_SL.max()) + 1)
+    if int(segments_SL.max()) >= vocabulary:
+        raise CheckpointError(
+            str(checkpoint.path), f"a tokenizer that gives token {int(segments_SL.max())}",
+            f"0 to {vocabulary - 1}, as the model has them", "copy the model's own tokenizer files there",
+        )  # fmt: skip
+    return segments_SL
 
 
-def _resume(job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: Writer) -> tuple[int, State]:
+def _order(job: _Job, writer: Writer, tokens_SL: torch.Tensor, device: torch.device, progress: Progress) -> ModelOrder:
+    """The model's order, as an earlier run chose it or chosen now."""
+    if not (writer.partial / ORDER_FILE).exists():
+        mixed = isinstance(job.spec, MixSpec)
+        order = choose_order(job.checkpoint, tokens_SL, job.recipe.ranking, mixed, device, progress)
+        rows = {f"intermediate.{row}": perm_I for row, perm_I in order.intermediate.items()}
+        writer.write_state(ORDER_FILE, {name: getattr(order, name) for name in ORDERS} | rows)
+    tensors = load_file(writer.partial / ORDER_FILE)
+    rows = {name.removeprefix("intermediate."): t for name, t in tensors.items() if name.startswith("intermediate.")}
+    order = ModelOrder(intermediate=rows, **{name: tensors[name] for name in ORDERS})
+    order.check(job.checkpoint.arch, job.checkpoint.sizes)
+    return order
+
+
+def _digest(order: ModelOrder | None) -> str:
+    assert order is not None
+    digest = hashlib.sha256()
+    for perm in (*(getattr(order, name) for name in ORDERS), *(p for _, p in sorted(order.intermediate.items()))):
+        digest.update(perm.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resume(job: _Job, models: Sequence[BlockwiseModel], tokens_SL: torch.Tensor, writer: Writer) -> tuple[int, State]:
     """How many blocks an earlier run finished, and the state that the next one starts from."""
-    hidden_SLH = model.embed(tokens_SL)
+    hidden_SLH, *exact = [model.embed(tokens_SL, job.read_outside) for model in models]
     done = _blocks_done(writer, job.sizes.layers)
     if done:
         # cloned: where a mapped tensor lies, and so the last bit of a product, differs from the uninterrupted run's
         return done, {name: tensor.clone() for name, tensor in load_file(writer.partial / _state(done)).items()}
-    return 0, {"hidden": hidden_SLH, "solved": torch.empty(0, 4, dtype=torch.float64)}
+    state = {"hidden": hidden_SLH, "solved": torch.empty(0, 6, dtype=torch.float64)}
+    return 0, state | ({"exact": exact[0]} if exact else {})
 
 
 def _shard(layer: int) -> str:
@@ -247,44 +324,95 @@ def _stages(arch: Architecture, sizes: Shapes) -> list[list[tuple[str, ...]]]:
     ]
 
 
-def _quantize_block(job: _Job, model: BlockwiseModel, writer: Writer, layer: int, state: State) -> State:
+def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer, layer: int, state: State) -> State:
     """Quantize every matrix of one block, write its shard, and return the state that the next block starts from."""
-    arch, layout, tensors = model.arch, _layout(job.spec), job.read_block(layer)
-    rows: dict[str, list[float]] = {}
+    tensors, rows, after = job.read_block(layer), {}, dict(state)
+    model, arch = models[0], job.checkpoint.arch
     model.load(layer, tensors)
+    exact: dict[str, list[torch.Tensor]] = {}
+    if job.recipe.correct:
+        exact = {
+            names[0]: [] for stage in _stages(arch, job.sizes) for names in stage if not _is_expert(arch, names[0])
+        }
+        models[1].load(layer, tensors)
+        after["exact"] = models[1].run(layer, state["exact"], {name: seen.append for name, seen in exact.items()})
+        models[1].unload(layer)
     for stage in _stages(arch, job.sizes):
-        hessians = model.hessians(layer, state["hidden"], [names[0] for names in stage])
+        hessians = _hessians(model, layer, state["hidden"], [names[0] for names in stage], exact)
         for names, hessian in zip(stage, hessians, strict=True):
-            H_KK = hessian.matrix()
             for name in names:
                 full, linear = f"{arch.blocks}.{layer}.{name}", model.linear(layer, name)
-                weight, report = gptq(linear.weight, H_KK, job.spec, full)
-                linear.weight.copy_(weight.dequantize().T)
+                packed, dequantized, report = _solve(job, linear.weight, hessian, full)
+                linear.weight.copy_(dequantized)
                 del tensors[f"{full}.weight"]
-                tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in layout.pack(weight).items()}
-                rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count]
-    solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
-    state = {"hidden": model.run(layer, state["hidden"]), "solved": torch.cat([state["solved"], solved])}
+                tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+                size = sum(tensor.nbytes for tensor in packed.values())
+                rows[full] = [
+                    report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit, size
+                ]  # fmt: skip
+    after["hidden"] = model.run(layer, state["hidden"])
     model.unload(layer)
-    writer.write_state(_state(layer + 1), state)
+    solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
+    after["solved"] = torch.cat([state["solved"], solved])
+    writer.write_state(_state(layer + 1), after)
     writer.write(_shard(layer), tensors)
     (writer.partial / _state(layer)).unlink(missing_ok=True)
-    return state
+    return after
+
+
+def _is_expert(arch: Architecture, name: str) -> bool:
+    """Which tokens reach an expert differs from the 16-bit model, so their inputs cannot be compared."""
+    return bool(arch.mlp.experts) and name.startswith(arch.mlp.experts.partition("{")[0])
+
+
+def _hessians(
+    model: BlockwiseModel,
+    layer: int,
+    hidden_SLH: torch.Tensor,
+    names: Sequence[str],
+    exact: Mapping[str, list[torch.Tensor]],
+) -> list[Hessian]:
+    """One Hessian for the inputs of each named matrix; with `exact`, what the 16-bit model's inputs have over them."""
+    hessians, watch = [], {}
+    for name in names:
+        hessian = Hessian(model.linear(layer, name).in_features, model.device, drift=name in exact)
+        others = iter(exact.get(name, ()))
+        watch[name] = lambda x, hessian=hessian, others=others: hessian.add(x, next(others, None))
+        hessians.append(hessian)
+    model.run_as_far_as(layer, hidden_SLH, watch)
+    return hessians
+
+
+def _solve(
+    job: _Job, W_NK: torch.Tensor, hessian: Hessian, name: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, SolveReport]:
+    """One matrix: its packed tensors, what they dequantize to [N, K], and how it went."""
+    W_NK, H_KK = hessian.corrected(W_NK, DAMP), hessian.matrix()
+    if isinstance(job.spec, MixSpec):
+        mixed, report = solve_mixed(W_NK, H_KK, job.spec, job.recipe, name)
+        return Mix64Layout().pack(mixed), mixed.dequantize(), report
+    weight, report = gptq(W_NK, H_KK, job.spec, name)
+    return _gptq_layout(job.spec).pack(weight), weight.dequantize().T, report
 
 
 def _report(job: _Job, out: Path, solved: torch.Tensor) -> QuantizeReport:
-    names = [name for layer in range(job.sizes.layers) for name, _ in job.plan.linears(layer)]
-    rows = list(zip(names, solved.tolist(), strict=True))
+    linears = [pair for layer in range(job.sizes.layers) for pair in replace(job.plan, sizes=job.sizes).linears(layer)]
+    rows = list(zip((name for name, _ in linears), solved.tolist(), strict=True))
     grown = job.padding is not None and job.sizes != job.checkpoint.sizes
+    fill = {name: -linear.in_features % BLOCK for name, linear in linears}
     return QuantizeReport(
         out=str(out),
-        matrices=[SolveReport(name, error, damp, int(dead)) for name, (error, damp, dead, _) in rows],
-        unseen=[name for name, (_, _, _, unseen) in rows if unseen],
+        average_bits=8
+        * float(solved[:, 5].sum())
+        / sum(linear.in_features * linear.out_features for _, linear in linears),
+        matrices=[SolveReport(name, error, damp, int(dead), share) for name, (error, damp, dead, _, share, _) in rows],
+        unseen=[name for name, (_, _, _, unseen, _, _) in rows if unseen],
         padded=vars(job.padding) if grown else {},
+        filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
     )
 
 
-def _layout(spec: QuantSpec) -> GptqLayout:
+def _gptq_layout(spec: QuantSpec) -> GptqLayout:
     """Version 1 where every reader agrees on it; asymmetric zeros need all their range, which only version 2 stores."""
     return GptqLayout(1 if spec.sym else 2)
 

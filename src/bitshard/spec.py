@@ -192,13 +192,15 @@ class MixRecipe:
     order: of input channels, the "model" having been put in the order of their sensitivity, or "none": natural order,
     the most sensitive strips of each matrix gathered into the 4-bit places. ranking: what makes a channel or strip
     sensitive, "hessian" (2311.16442 v4) or its "range" alone (v1). ranges: of strips, found by a "search" for the least
-    error or by "minmax". outliers: share of weights kept in 16 bits.
+    error or by "minmax". outliers: share of weights kept in 16 bits. correct: aim at the 16-bit model's outputs from
+    inputs that the blocks before have changed (2504.02692), not at each matrix's own.
     """
 
     order: str = "model"
     ranking: str = "hessian"
     ranges: str = "search"
     outliers: float = 0.0
+    correct: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -215,3 +217,19 @@ class MixRecipe:
                 f"a share of all weights from 0 to {MOST_OUTLIERS}",
                 "for example 0.002",
             )
+
+    def check(self, spec: MixSpec) -> None:
+        """Raise SpecError for what this format cannot hold."""
+        if self.outliers and 2 not in spec.widths:
+            raise SpecError(
+                "outliers", f"{self.outliers:g} with strips of {spec.widths} bits", "outliers in 2-bit strips only",
+                "leave them out, or use bits 2",
+            )  # fmt: skip
+
+
+GPTQ_RECIPE = MixRecipe(order="none", ranges="minmax", correct=False)  # 2210.17323 as it is
+# 2311.16442 as far as it is known (docs/accuracy.md says what is not): spec and recipe by the paper's version
+PAPER_RECIPES = {
+    "paper-v1": (MixSpec(metadata="paper"), MixRecipe("none", "range", "minmax", 0.002, correct=False)),
+    "paper-v4": (MixSpec(metadata="paper"), MixRecipe("none", "hessian", "minmax", 0.005, correct=False)),
+}

@@ -10,17 +10,40 @@ DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the dia
 
 
 class Hessian:
-    """Running sum over activations, fp32 [K, K] on one device. Matrices with the same input share one."""
+    """Running sum over activations, fp32 [K, K] on one device. Matrices with the same input share one.
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    drift: also sum what the 16-bit model's inputs have over these, so that weights can make up for it.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, drift: bool = False) -> None:
         self._sum_KK = torch.zeros(in_features, in_features, device=device)
+        self._drift_KK = torch.zeros_like(self._sum_KK) if drift else None
         self.count = 0  # activation rows seen
 
-    def add(self, x: torch.Tensor) -> None:
-        """x [..., K], any float dtype."""
+    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+        """x [..., K], any float dtype; exact: the same inputs in the 16-bit model."""
         x_TK = x.reshape(-1, x.shape[-1]).to(self._sum_KK.dtype)
         self._sum_KK.addmm_(x_TK.T, x_TK, alpha=2)
         self.count += x_TK.shape[0]
+        if self._drift_KK is not None and exact is not None:
+            self._drift_KK.addmm_((exact.reshape(x_TK.shape) - x_TK).T, x_TK, alpha=2)
+
+    def corrected(self, W_NK: torch.Tensor, damp: float) -> torch.Tensor:
+        """The matrix that makes of these inputs what W makes of the 16-bit model's, by damped least squares [N, K].
+
+        W X = W' X' is the target of GPTAQ (2504.02692), reached here before rounding instead of inside it. Without
+        `drift` it is W itself.
+        """
+        if self._drift_KK is None or self.count == 0:
+            return W_NK
+        damped_KK = self._sum_KK.clone()
+        # a dead channel has no drift either, so any positive number keeps its weights as they are
+        damped_KK.diagonal().add_(damp * damped_KK.diagonal().mean() + torch.finfo(damped_KK.dtype).tiny)
+        L_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        if int(failed):  # the solve will say so, with more damping and the matrix's name
+            return W_NK
+        W_NK = W_NK.to(damped_KK.dtype)
+        return W_NK + torch.cholesky_solve((W_NK @ self._drift_KK).T, L_KK).T
 
     def matrix(self) -> torch.Tensor:
         """H_KK; the identity when nothing was seen (an expert no token reached), so that the solve rounds plainly."""
