@@ -116,36 +116,59 @@ def _size(count: float) -> str:
 def quantize(
     model: Annotated[str, typer.Argument(help="16-bit HF folder, .gguf file or hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
-    format: Annotated[str, typer.Option(help="Format of the output.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 for all.")] = 128,
-    desc_act: Annotated[bool, typer.Option("--desc-act", help="Group channels by falling sensitivity.")] = False,
-    static_groups: Annotated[bool, typer.Option("--static-groups", help="Fix groups in natural order first.")] = False,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point in the middle, or anywhere.")] = True,
+    format: Annotated[str, typer.Option(help="mix64 or gptq.")] = "mix64",
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
+    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: 4-bit strips, 0, 0.25, 0.5 or 1. [0.25]")] = None,
+    outliers: Annotated[float | None, typer.Option(help="mix64: share of weights kept in 16 bits. [0]")] = None,
+    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
+    order: Annotated[str | None, typer.Option(help="model or none. [mix64: model, gptq: none]")] = None,
+    ranking: Annotated[str | None, typer.Option(help="mix64: hessian or range. [hessian]")] = None,
+    ranges: Annotated[str | None, typer.Option(help="mix64: search or minmax. [search]")] = None,
+    correct: Annotated[
+        bool | None, typer.Option("--correct/--no-correct", help="Make up for earlier blocks. [mix64: yes, gptq: no]")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
+    desc_act: Annotated[bool | None, typer.Option("--desc-act", help="gptq: group by falling sensitivity.")] = None,
+    static_groups: Annotated[bool | None, typer.Option("--static-groups", help="gptq: fix groups first.")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="gptq: zero point in the middle. [yes]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="paper-v1 or paper-v4 of 2311.16442, instead of options.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text, or JSON lines with `text`.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
     seed: Annotated[int, typer.Option(help="0: the first segments; else a random choice.", min=0, max=MAX_SEED)] = 0,
-    pad_to: Annotated[int | None, typer.Option(help="Zero-pad until this degree is legal; 1 for odd sizes.")] = None,
+    max_tp: Annotated[int | None, typer.Option(help="Zero-pad until this degree is legal; 1 for odd sizes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a 16-bit model to GPTQ, one decoder block in memory; an interrupted run goes on where it stopped."""
-    from bitshard.errors import SpecError
+    """Quantize a 16-bit model, one decoder block in memory; an interrupted run goes on where it stopped."""
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
-    from bitshard.spec import QuantSpec
+    from bitshard.spec import requested
 
-    if format != "gptq":
-        raise SpecError("--format", repr(format), "'gptq'", "choose it")
-    spec = QuantSpec(bits, group_size, sym, desc_act, static_groups)
-    report = run(model, out, spec, Calibration(calibration, samples, length, seed), None, pad_to, _progress)
+    spec, how = requested(
+        format,
+        recipe,
+        {
+            "bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "outliers": outliers, "order": order,
+            "ranking": ranking, "ranges": ranges, "correct": correct, "group_size": group_size, "sym": sym,
+            "desc_act": desc_act, "static_groups": static_groups,
+        },
+    )  # fmt: skip
+    segments = Calibration(calibration, samples, length, seed)
+    report = run(model, out, spec, segments, how, max_tp, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
-    title = f"{out}: {len(report.matrices)} matrices, the worst five"
+    title = f"{out}: {report.average_bits:.3f} bits, {len(report.matrices)} matrices, the worst five"
     table = _columns(title, "matrix", "relative output error", left=["matrix"])
     for matrix in worst:
         table.add_row(matrix.name, f"{matrix.relative_error:.2e}")
     notes = [f"no calibration token reached {name}: rounded without feedback" for name in report.unseen]
-    _emit(report, as_json, table, *notes, f"next: bitshard convert {out} {out}-tp")
+    if report.filled:
+        counts = sorted(set(report.filled.values()))
+        notes.append(
+            f"input channels of {len(report.filled)} matrices filled up to whole blocks of 64, with "
+            f"{' or '.join(map(str, counts))} zero channels that the kernel never sees"
+        )
+    then = f"bitshard inspect {out}" if format == "mix64" else f"bitshard convert {out} {out}-tp"
+    _emit(report, as_json, table, *notes, f"next: {then}")
 
 
 @app.command()

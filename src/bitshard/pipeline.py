@@ -167,6 +167,7 @@ def quantize(
         "recipe": vars(recipe),
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = [BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device) for _ in range(1 + recipe.correct)]
     task = {
         "verb": "quantize",
         "source": job.checkpoint.fingerprint(),
@@ -182,7 +183,6 @@ def quantize(
         provenance["permutation_sha256"] = _digest(job.order)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.read_outside(job.checkpoint.names_outside_blocks()))
-    models = [BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device) for _ in range(1 + recipe.correct)]
     done, state = _resume(job, models, tokens_SL, writer)
     for layer in progress(range(done, job.sizes.layers), "quantizing"):
         state = _quantize_block(job, models, writer, layer, state)

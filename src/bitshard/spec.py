@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from math import ceil, gcd, lcm
+from typing import Any
 
 from bitshard.errors import SpecError
 
@@ -233,3 +235,41 @@ PAPER_RECIPES = {
     "paper-v1": (MixSpec(metadata="paper"), MixRecipe("none", "range", "minmax", 0.002, correct=False)),
     "paper-v4": (MixSpec(metadata="paper"), MixRecipe("none", "hessian", "minmax", 0.005, correct=False)),
 }
+
+
+def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tuple[QuantSpec | MixSpec, MixRecipe]:
+    """What a user asks for: options of QuantSpec or MixSpec and of MixRecipe by name, None where left out.
+
+    recipe: a name in PAPER_RECIPES, which then says all. Raises SpecError for an option that the format does not have.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if format not in ("mix64", "gptq"):
+        raise SpecError("format", repr(format), "mix64 or gptq", "choose one of them")
+    if recipe is not None:
+        if recipe not in PAPER_RECIPES:
+            raise SpecError("recipe", repr(recipe), " or ".join(PAPER_RECIPES), "choose one of them")
+        if given or format != "mix64":
+            raise SpecError(
+                "recipe",
+                f"{recipe} with {', '.join(given) or f'format {format}'}",
+                "a recipe alone",
+                "leave the rest out",
+            )
+        return PAPER_RECIPES[recipe]
+    spec: QuantSpec | MixSpec
+    if format == "mix64":
+        spec, start = MixSpec(given.get("bits", 2), 0.25 if given.get("bits", 2) == 2 else 0.0), MixRecipe()
+    else:
+        spec, start = QuantSpec(), GPTQ_RECIPE
+    names = {field.name for field in (*fields(spec), *fields(start))}
+    if format == "gptq":
+        names -= {"ranking", "ranges", "outliers"}
+    for name in given:
+        if name not in names:
+            raise SpecError(name, repr(given[name]), f"the options of format {format}", "leave it out")
+    own = {field.name for field in fields(spec)}
+    wanted = replace(start, **{name: value for name, value in given.items() if name not in own})
+    spec = replace(spec, **{name: value for name, value in given.items() if name in own})
+    if isinstance(spec, MixSpec):
+        wanted.check(spec)
+    return spec, wanted
