@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
-from bitshard.checkpoint import REPORT, Checkpoint, read_json
-from bitshard.errors import FormatError
+from bitshard.checkpoint import REPORT, Checkpoint, read_json, reason
+from bitshard.errors import CheckpointError, FormatError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.spec import MixSpec, QuantSpec
 
@@ -112,6 +114,54 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
         error=solved["error"],
         share_4bit=solved["share_4bit"],
     )
+
+
+PANELS = {
+    "average bits": "average_bits",
+    "relative output error": "error",
+    "share of the error in 4-bit strips": "share_4bit",
+    "outliers": "outliers",
+}
+
+
+def draw(inspection: Inspection, path: Path) -> None:
+    """One heat map, layers x linears, for every number that is known; experts of a block as their mean.
+
+    CheckpointError when the file cannot be written, or its suffix names no kind of picture.
+    """
+    from matplotlib.figure import Figure
+
+    places = [(m, match) for m in inspection.matrices if (match := re.search(r"\.(\d+)\.(.+)", m.name))]
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", match[2]) for _, match in places))
+    layers = sorted({int(match[1]) for _, match in places})
+    figure = Figure(figsize=(3 + 0.45 * len(kinds) * len(PANELS), 3 + 0.16 * len(layers)), layout="constrained")
+    grids = {}
+    for title, field in PANELS.items():
+        cells: dict[tuple[int, int], list[float]] = {}
+        for m, match in places:
+            place = layers.index(int(match[1])), kinds.index(re.sub(r"\d+", "*", match[2]))
+            cells.setdefault(place, []).append(getattr(m, field))
+        if any(value for values in cells.values() for value in values):
+            grids[title] = [
+                [_mean(cells.get((row, column), [])) for column in range(len(kinds))] for row in range(len(layers))
+            ]
+    for axis, (title, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        figure.colorbar(axis.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest"), ax=axis)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=90, fontsize=8)
+    figure.suptitle(f"{Path(inspection.path).name}: {inspection.average_bits:.3f} bits", fontsize=10)
+    figure.supylabel("layer", fontsize=9)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(path), reason(error), "a picture file that can be written", "choose another name, such as bits.png"
+        ) from None
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else nan
 
 
 def _natural(name: str) -> list[Any]:

@@ -16,6 +16,7 @@ from bitshard.convert import block_edit, matrices_in_block
 from bitshard.edit import BlockEdit
 from bitshard.errors import FormatError
 from bitshard.integrations.transformers import load, load_config
+from bitshard.layout import GptqLayout
 from bitshard.mixed import MixedWeight
 from bitshard.plan import Padding, TPPlan
 from bitshard.progress import Progress, silent
@@ -45,7 +46,7 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
     checkpoint = Checkpoint.open(path)
     checkpoint.check_matrices()
     source = Checkpoint.open(against) if against else None
-    source_plan = _plan_of_source(source, checkpoint) if source and checkpoint.gptq and source.gptq else None
+    source_plan = _plan_of_source(source, checkpoint) if source else None
     checked = equal = 0
     for layer in progress(range(checkpoint.sizes.layers), "verifying"):
         edit = _expected_edit(source, source_plan, checkpoint, layer) if source and source_plan else None
@@ -74,6 +75,13 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
 
 def _plan_of_source(source: Checkpoint, converted: Checkpoint) -> TPPlan:
     """The source's own plan, after a check that the other may have come from it: FormatError when it cannot have."""
+    if not isinstance(converted.layout, GptqLayout):
+        raise FormatError(
+            str(converted.path),
+            f"layout {converted.layout.name}, which no conversion writes",
+            "a converted checkpoint",
+            "measure what quantizing cost: bitshard eval --against",
+        )
     source.check_matrices()
     plan, new = source.plan(), converted.sizes
     padded = replace(plan.sizes, intermediate=new.intermediate, heads=new.heads, kv_heads=new.kv_heads)
