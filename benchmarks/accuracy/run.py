@@ -223,7 +223,7 @@ def _nbytes(folder: Path, subject: Subject) -> int:
 
 
 def _quantization_config(folder: Path) -> dict[str, Any]:
-    """What the file says of its quantization; of GPTQModel's notes only its version, the rest are paths and defaults."""
+    """What the file says of its quantization; of GPTQModel's notes only its version: the rest is paths, defaults."""
     config = dict(json.loads((folder / "config.json").read_text()).get("quantization_config", {}))
     meta = config.pop("meta", {})
     return config | ({"quantizer": meta["quantizer"]} if "quantizer" in meta else {})
