@@ -282,11 +282,11 @@ def test_plan_counts_the_same_before_and_after(tmp_path: Path) -> None:
     dense = json.loads((path / "config.json").read_text())
     del dense["quantization_config"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(dense))
-    before = json.loads(bitshard("plan", tmp_path / "dense", "--format", "mix64", "--json").stdout)
+    before = json.loads(bitshard("plan", tmp_path / "dense", "--json").stdout)
     assert before["spec"] == vars(SPEC) and before | {"model": ""} == after | {"model": ""}
     assert 2.9 < before["average_bits"] < 2.91
     assert "format: found 'awq'" in refusal("plan", path, "--format", "awq")
-    assert "metadata: found paper" in refusal("plan", path, "--format", "mix64", "--bits", 3, "--metadata", "paper")
+    assert "metadata: found paper" in refusal("plan", path, "--bits", 3, "--metadata", "paper")
 
 
 def finished(out: Path, source: Path, spec: MixSpec | QuantSpec, report: dict[str, Any] | None) -> Path:

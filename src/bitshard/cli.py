@@ -119,6 +119,9 @@ def quantize(
     format: Annotated[str, typer.Option(help="mix64 or gptq.")] = "mix64",
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
     fraction_4bit: Annotated[float | None, typer.Option(help="mix64: 4-bit strips, 0, 0.25, 0.5 or 1. [0.25]")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="mix64: choose the fraction for each matrix, within these bits in all.")
+    ] = None,
     outliers: Annotated[float | None, typer.Option(help="mix64: share of weights kept in 16 bits. [0]")] = None,
     metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
     order: Annotated[str | None, typer.Option(help="model or none. [mix64: model, gptq: none]")] = None,
@@ -150,7 +153,7 @@ def quantize(
         {
             "bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "outliers": outliers, "order": order,
             "ranking": ranking, "ranges": ranges, "correct": correct, "group_size": group_size, "sym": sym,
-            "desc_act": desc_act, "static_groups": static_groups,
+            "desc_act": desc_act, "static_groups": static_groups, "average_bits": average_bits,
         },
     )  # fmt: skip
     segments = Calibration(calibration, samples, length, seed)
@@ -203,35 +206,29 @@ def convert(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or hub id; config.json is enough.")],
-    format: Annotated[str, typer.Option(help="Format to plan a 16-bit model with: gptq or mix64.")] = "gptq",
-    bits: Annotated[int | None, typer.Option(help="Its width; 4 for gptq, 2 for mix64.")] = None,
-    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: share of 4-bit strips; 0.25 at 2 bits.")] = None,
-    metadata: Annotated[str, typer.Option(help="mix64: fine or paper.")] = "fine",
-    group_size: Annotated[int, typer.Option(help="gptq: its group size.")] = 128,
+    format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
+    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: 4-bit strips, 0, 0.25, 0.5 or 1. [0.25]")] = None,
+    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
     pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="Memory bandwidth of one device, for the time floor.")] = None,
     as_json: Json = False,
 ) -> None:
     """A dry run from shapes alone: bits, bytes per rank, legal TP degrees and why the others are not."""
-    from bitshard.errors import SpecError
     from bitshard.planning import plan_model
     from bitshard.sources import resolve
-    from bitshard.spec import MixSpec, QuantSpec
+    from bitshard.spec import QuantSpec, requested
 
-    if format not in ("gptq", "mix64"):
-        raise SpecError("--format", repr(format), "'gptq' or 'mix64'", "choose one of them")
-    if format == "mix64":
-        bits = 2 if bits is None else bits
-        default = 0.25 if bits == 2 else 0.0
-        spec: MixSpec | QuantSpec = MixSpec(bits, default if fraction_4bit is None else fraction_4bit, metadata)
-    else:
-        spec = QuantSpec(4 if bits is None else bits, group_size)
+    options = {"bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "group_size": group_size}
+    spec, _ = requested(format, None, options)
     report = plan_model(resolve(model), spec, pad, gb_per_s)
     notes = []
     if report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
         notes.append(
-            f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. Do it: convert --pad-to {pad}"
+            f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. "
+            f"Do it: convert --pad-to {pad}, or quantize --max-tp {pad}"
         )
     if report.gathered:
         cure = "`bitshard convert` reorders the MLPs'" if isinstance(report.spec, QuantSpec) else "they cannot be cut"

@@ -102,7 +102,7 @@ class TPPlan:
                 obstacles[0].name,
                 f"tensor-parallel degree {tp_size}: {obstacles[0].reason}",
                 "degrees " + ", ".join(map(str, self.legal_degrees())),
-                f"choose one of these, or see `bitshard plan --pad` and `bitshard convert --pad-to {tp_size}`",
+                f"choose one of these, or zero-pad: `convert --pad-to {tp_size}`, `quantize --max-tp {tp_size}`",
             )
 
     def columns(self, linear_name: str, rank: int, tp_size: int) -> list[tuple[int, int]]:
