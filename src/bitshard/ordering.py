@@ -18,8 +18,10 @@ from bitshard.spec import BLOCK
 
 def choose_order(
     checkpoint: Checkpoint, tokens_SL: torch.Tensor, ranking: str, mixed: bool, device: torch.device, progress: Progress
-) -> ModelOrder:
+) -> tuple[ModelOrder, dict[str, torch.Tensor]]:
     """Run the 16-bit model over some segments and choose every free permutation (docs/design.md, Orders).
+
+    Returns it, and how active the input channels of every matrix are, float32 [K] by full name, in the file's order.
 
     ranking: "hessian", or "range" to leave the activations out. mixed: deal to blocks of 64, each with its share of
     sensitive channels; else sort, so that groups of one width hold channels of like sensitivity.
@@ -29,6 +31,7 @@ def choose_order(
     hidden_SLH = model.embed(tokens_SL, checkpoint.read)
     hidden_H = torch.zeros(sizes.hidden, dtype=torch.float64)
     intermediate, values, kv_groups = {}, [], []
+    active: dict[str, torch.Tensor] = {}
     for layer in progress(range(sizes.layers), "ordering"):
         model.load(layer, checkpoint.read(checkpoint.names_in_block(layer)))
         mlps = mlp_paths(arch, sizes)
@@ -50,15 +53,19 @@ def choose_order(
             at_row = sensitivity((row,))
             intermediate[f"{arch.blocks}.{layer}.{row}"] = deal(at_row, BLOCK if mixed else len(at_row))
         at_o = sensitivity((arch.attention.row,))
+        for names in readers:
+            like_K = torch.ones(model.linear(layer, names[0]).in_features, dtype=torch.float64)
+            active |= {f"{arch.blocks}.{layer}.{name}": activity[names[0]].relative(like_K).float() for name in names}
         kv_groups.append(kv_group_order(at_o.view(sizes.kv_heads, -1).sum(1)))
         values.append(deal_within(at_o, sizes, kv_groups[-1], BLOCK if mixed else sizes.head_dim))
         model.unload(layer)
-    return ModelOrder(
+    order = ModelOrder(
         hidden_H=deal(hidden_H, BLOCK if mixed else sizes.hidden),
         intermediate=intermediate,
         values_LJD=torch.stack(values),
         kv_groups_LJ=torch.stack(kv_groups),
     )
+    return order, active
 
 
 class _Activity:

@@ -16,13 +16,16 @@ shard is there, and what block i + 1 starts from is written before it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 from bitshard import __version__
@@ -37,17 +40,19 @@ from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
 from bitshard.reorder import ModelOrder
+from bitshard.solver.allocate import relative_errors, spend
 from bitshard.solver.gptq import DAMP, SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.sources import calibration_text, resolve
-from bitshard.spec import BLOCK, GPTQ_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
+from bitshard.spec import BLOCK, FRACTIONS, GPTQ_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
 from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
 ORDER_FILE = "order.safetensors"
 ORDER_SAMPLES = 8  # segments that an order is chosen from; four times as many move perplexity by less than 1 %
 
+ALLOCATE_ROWS = 256  # of a matrix, that say how much it wants 4 bits
 ORDERS = ("hidden_H", "values_LJD", "kv_groups_LJ")  # of ModelOrder; `intermediate` is one for each MLP
 
 # hidden: what the next block reads, float32 [S, L, H]; exact: the same in the 16-bit model, with `correct`. solved: a
@@ -102,6 +107,7 @@ class _Job:
     recipe: MixRecipe
     padding: Padding | None = None
     order: ModelOrder | None = None
+    specs: Mapping[str, MixSpec] = field(default_factory=dict)  # of the matrices that differ from `spec`, by full name
 
     @property
     def plan(self) -> TPPlan:
@@ -120,14 +126,18 @@ class _Job:
     def layout(self) -> GptqLayout | Mix64Layout:
         return Mix64Layout() if isinstance(self.spec, MixSpec) else _gptq_layout(self.spec)
 
-    def read_block(self, layer: int) -> dict[str, torch.Tensor]:
-        """A block's tensors by name, ordered and zero-padded, in the file's dtypes."""
-        tensors, edit = self.checkpoint.read(self.checkpoint.names_in_block(layer)), BlockEdit()
+    def edit(self, layer: int) -> BlockEdit:
+        """What happens to a block's tensors before it is quantized."""
+        edit = BlockEdit()
         if self.order:
-            edit.order_block(self.plan, self.order, layer, tensors)
+            edit.order_block(self.plan, self.order, layer, self.checkpoint.names_in_block(layer))
         if self.padding:
             edit.pad(self.plan, self.padding, f"{self.checkpoint.arch.blocks}.{layer}.")
-        return edit.apply_all(tensors)
+        return edit
+
+    def read_block(self, layer: int) -> dict[str, torch.Tensor]:
+        """A block's tensors by name, ordered and zero-padded, in the file's dtypes."""
+        return self.edit(layer).apply_all(self.checkpoint.read(self.checkpoint.names_in_block(layer)))
 
     def read_outside(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors outside the blocks, ordered."""
@@ -178,9 +188,13 @@ def quantize(
         "version": FORMAT_VERSION,
     }
     writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task, job.layout.name)
-    if recipe.order == "model":
-        job = replace(job, order=_order(job, writer, tokens_SL[:ORDER_SAMPLES], device, progress))
-        provenance["permutation_sha256"] = _digest(job.order)
+    if recipe.order == "model" or recipe.average_bits:
+        order, activity = _order(job, writer, tokens_SL[:ORDER_SAMPLES], device, progress)
+        if recipe.order == "model":
+            job = replace(job, order=order)
+            provenance["permutation_sha256"] = _digest(order)
+        if recipe.average_bits:
+            job = replace(job, specs=_allocate(job, activity, recipe.average_bits, progress))
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.read_outside(job.checkpoint.names_outside_blocks()))
     done, state = _resume(job, models, tokens_SL, writer)
@@ -190,7 +204,8 @@ def quantize(
     config = {**job.checkpoint.config, **job.config_updates}
     report = _report(job, out, state["solved"])
     facts = {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
-    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, (), section), facts)
+    overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
+    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), facts)
     return report
 
 
@@ -266,22 +281,54 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> to
     return segments_SL
 
 
-def _order(job: _Job, writer: Writer, tokens_SL: torch.Tensor, device: torch.device, progress: Progress) -> ModelOrder:
-    """The model's order, as an earlier run chose it or chosen now."""
+def _order(
+    job: _Job, writer: Writer, tokens_SL: torch.Tensor, device: torch.device, progress: Progress
+) -> tuple[ModelOrder, dict[str, torch.Tensor]]:
+    """The model's order and its matrices' activity, as an earlier run found them or found now."""
     if not (writer.partial / ORDER_FILE).exists():
         mixed = isinstance(job.spec, MixSpec)
-        order = choose_order(job.checkpoint, tokens_SL, job.recipe.ranking, mixed, device, progress)
-        rows = {f"intermediate.{row}": perm_I for row, perm_I in order.intermediate.items()}
-        writer.write_state(ORDER_FILE, {name: getattr(order, name) for name in ORDERS} | rows)
+        order, activity = choose_order(job.checkpoint, tokens_SL, job.recipe.ranking, mixed, device, progress)
+        found = {name: getattr(order, name) for name in ORDERS}
+        found |= {f"intermediate/{row}": perm_I for row, perm_I in order.intermediate.items()}
+        writer.write_state(ORDER_FILE, found | {f"activity/{name}": active_K for name, active_K in activity.items()})
     tensors = load_file(writer.partial / ORDER_FILE)
-    rows = {name.removeprefix("intermediate."): t for name, t in tensors.items() if name.startswith("intermediate.")}
-    order = ModelOrder(intermediate=rows, **{name: tensors[name] for name in ORDERS})
+    parts: dict[str, dict[str, torch.Tensor]] = {"intermediate": {}, "activity": {}}
+    for kind, named in parts.items():
+        named |= {name.removeprefix(f"{kind}/"): t for name, t in tensors.items() if name.startswith(f"{kind}/")}
+    order = ModelOrder(intermediate=parts["intermediate"], **{name: tensors[name] for name in ORDERS})
     order.check(job.checkpoint.arch, job.checkpoint.sizes)
-    return order
+    return order, parts["activity"]
 
 
-def _digest(order: ModelOrder | None) -> str:
-    assert order is not None
+def _allocate(
+    job: _Job, activity: Mapping[str, torch.Tensor], average_bits: float, progress: Progress
+) -> dict[str, MixSpec]:
+    """How much of each matrix gets 4 bits, so that the sum of relative errors is least within the average."""
+    assert isinstance(job.spec, MixSpec)
+    choices = [replace(job.spec, fraction_4bit=fraction) for fraction in FRACTIONS]
+    names, errors, sizes, weights = [], [], [], 0
+    for layer in progress(range(job.sizes.layers), "allocating"):
+        tensors, edit = job.read_block(layer), job.edit(layer)
+        for name, linear in replace(job.plan, sizes=job.sizes).linears(layer):
+            k, n = linear.in_features, linear.out_features
+            W_NK = tensors[f"{name}.weight"][:: ceil(n / ALLOCATE_ROWS)].float()
+            active_K = activity[name][edit.rows[name]] if name in edit.rows else activity[name]
+            fill = job.spec.blocks(k) * BLOCK - W_NK.shape[1]
+            W_NK, active_K = pad(W_NK, (0, fill)), pad(active_K, (0, job.spec.blocks(k) * BLOCK - len(active_K)))
+            names.append(name)
+            errors.append(relative_errors(W_NK, active_K))
+            sizes.append([spec.code_bytes(k, n) + spec.scale_bytes(k, n) for spec in choices])
+            weights += k * n
+    budget = int(average_bits * weights / 8)
+    if sum(size[0] for size in sizes) > budget:
+        raise SpecError(
+            "average_bits", f"{average_bits:g}", f"{8 * sum(size[0] for size in sizes) / weights:.3f} or more",
+            "allow more bits",
+        )  # fmt: skip
+    return {name: choices[choice] for name, choice in zip(names, spend(errors, sizes, budget), strict=True)}
+
+
+def _digest(order: ModelOrder) -> str:
     digest = hashlib.sha256()
     for perm in (*(getattr(order, name) for name in ORDERS), *(p for _, p in sorted(order.intermediate.items()))):
         digest.update(perm.numpy().tobytes())
@@ -389,7 +436,7 @@ def _solve(
     """One matrix: its packed tensors, what they dequantize to [N, K], and how it went."""
     W_NK, H_KK = hessian.corrected(W_NK, DAMP), hessian.matrix()
     if isinstance(job.spec, MixSpec):
-        mixed, report = solve_mixed(W_NK, H_KK, job.spec, job.recipe, name)
+        mixed, report = solve_mixed(W_NK, H_KK, job.specs.get(name, job.spec), job.recipe, name)
         return Mix64Layout().pack(mixed), mixed.dequantize(), report
     weight, report = gptq(W_NK, H_KK, job.spec, name)
     return _gptq_layout(job.spec).pack(weight), weight.dequantize().T, report

@@ -195,7 +195,8 @@ class MixRecipe:
     the most sensitive strips of each matrix gathered into the 4-bit places. ranking: what makes a channel or strip
     sensitive, "hessian" (2311.16442 v4) or its "range" alone (v1). ranges: of strips, found by a "search" for the least
     error or by "minmax". outliers: share of weights kept in 16 bits. correct: aim at the 16-bit model's outputs from
-    inputs that the blocks before have changed (2504.02692), not at each matrix's own.
+    inputs that the blocks before have changed (2504.02692), not at each matrix's own. average_bits: each matrix gets
+    the fraction of 4-bit strips that lowers the model's errors most, within so many bits for everything.
     """
 
     order: str = "model"
@@ -203,6 +204,7 @@ class MixRecipe:
     ranges: str = "search"
     outliers: float = 0.0
     correct: bool = True
+    average_bits: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (

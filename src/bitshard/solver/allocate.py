@@ -1,15 +1,17 @@
-"""Where the bits go: ranges of strips, which strips get 4 bits, which single weights stay 16-bit.
+"""Where the bits go: between matrices, between strips, to single weights; and the ranges they are spent on.
 
 Shape legend: N output channels, S strips of R = 16 input channels each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from bitshard.mixed import strip_widths
 from bitshard.solver.gptq import SMALLEST_SCALE
-from bitshard.spec import STRIP, MixSpec, zero_base
+from bitshard.spec import FRACTIONS, STRIP, MixSpec, zero_base
 
 ZEROS = 4  # zero codes of a strip
 # of a zero's own min-max scale, tried one by one; 20 steps from 1.1 to 0.4 lower the loss by less than 1 %
@@ -28,7 +30,10 @@ def fit_ranges(
     low, high = W_R.amin(0).clamp(max=0), W_R.amax(0).clamp(min=0)
     if ranges == "minmax":
         scales = ((high - low) / top).clamp(min=SMALLEST_SCALE)
-        zeros = torch.round(-low / scales).clamp_(base, base + ZEROS - 1)
+        wanted = torch.round(-low / scales)
+        zeros = wanted.clamp(base, base + ZEROS - 1)
+        # beyond the reach of a zero's two bits one side would be cut off, so the step grows
+        scales = torch.where(zeros == wanted, scales, torch.maximum(high / (top - zeros), -low / zeros))
         codes_R = (W_R / scales).round_()
         codes_R = torch.minimum(torch.maximum(codes_R, -zeros), top - zeros)
         return scales, zeros, (codes_R * scales - W_R).square_().mul_(weights_R).sum(0)
@@ -101,3 +106,36 @@ def _strips_first(W_NK: torch.Tensor, diagonal_K: torch.Tensor) -> tuple[torch.T
 def _places(spec: MixSpec, W_NK: torch.Tensor) -> torch.Tensor:
     """Bits of each stored strip [S]."""
     return strip_widths(spec, W_NK.shape[1] // STRIP).to(W_NK.device)
+
+
+def relative_errors(W_NK: torch.Tensor, diagonal_K: torch.Tensor) -> list[float]:
+    """The share of one matrix's output that each fraction of 4-bit strips, in FRACTIONS' order, makes wrong.
+
+    Without feedback, and as if channels were independent. K: whole blocks, whose first strips are the wide ones.
+    """
+    W_RNS, weights_RNS = _strips_first(W_NK, diagonal_K)
+    loss_WS = [fit_ranges(W_RNS, weights_RNS, width, "search")[2].sum(0).view(-1, 4).sum(0) for width in (2, 4)]
+    total = float((W_RNS.square() * weights_RNS).sum())
+    wide = [int(4 * fraction) for fraction in FRACTIONS]
+    return [float(loss_WS[1][:w].sum() + loss_WS[0][w:].sum()) / total if total else 0.0 for w in wide]
+
+
+def spend(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Which of its choices each matrix takes, so that all sizes together stay within the budget and errors are least.
+
+    errors and sizes: of each matrix's choices, sizes rising. From the smallest on, the step that saves most error per
+    byte is taken, over a choice that is no help by itself if need be, until none fits.
+    """
+    chosen, left = [0] * len(errors), budget - sum(size[0] for size in sizes)
+    while True:
+        steps = [
+            ((errors[m][at] - errors[m][to]) / (sizes[m][to] - sizes[m][at]), m, to)
+            for m, at in enumerate(chosen)
+            for to in range(at + 1, len(errors[m]))
+            if sizes[m][to] - sizes[m][at] <= left
+        ]
+        gain, matrix, to = max(steps, default=(0.0, 0, 0))
+        if not gain > 0:
+            return chosen
+        left -= sizes[matrix][to] - sizes[matrix][chosen[matrix]]
+        chosen[matrix] = to
