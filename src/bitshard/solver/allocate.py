@@ -32,8 +32,9 @@ def fit_ranges(
         scales = ((high - low) / top).clamp(min=SMALLEST_SCALE)
         wanted = torch.round(-low / scales)
         zeros = wanted.clamp(base, base + ZEROS - 1)
-        # beyond the reach of a zero's two bits one side would be cut off, so the step grows
-        scales = torch.where(zeros == wanted, scales, torch.maximum(high / (top - zeros), -low / zeros))
+        # where the zero is beyond the reach of its two bits one side would be cut off, so the step grows
+        wider = torch.maximum(high / (top - zeros), -low / zeros).clamp(min=SMALLEST_SCALE)
+        scales = torch.where(zeros == wanted, scales, wider)
         codes_R = (W_R / scales).round_()
         codes_R = torch.minimum(torch.maximum(codes_R, -zeros), top - zeros)
         return scales, zeros, (codes_R * scales - W_R).square_().mul_(weights_R).sum(0)
@@ -71,20 +72,20 @@ def choose_strips(importance_S: torch.Tensor, spec: MixSpec) -> torch.Tensor:
 
 
 def choose_outliers(
-    W_NK: torch.Tensor, diagonal_K: torch.Tensor, spec: MixSpec, ranges: str, share: float
+    W_NK: torch.Tensor, diagonal_K: torch.Tensor, spec: MixSpec, ranges: str, count: int
 ) -> torch.Tensor:
     """Which weights to keep in 16 bits, bool [N, K]: at most one for each 2-bit strip of a row, where the others gain.
 
     A strip's gain is the weighted error it has, less the error it would have without its heaviest weight, its range
-    fitted anew. share: of all weights of the matrix.
+    fitted anew. Fewer than `count` are chosen where fewer strips gain; those that fill up a block never do.
     """
     W_RNS, weights_RNS, narrow = *_strips_first(W_NK, diagonal_K), _places(spec, W_NK) == 2
     W_RNS, weights_RNS = W_RNS[..., narrow], weights_RNS[..., narrow]
     heaviest = (W_RNS.square() * weights_RNS).argmax(0, keepdim=True)
     without = W_RNS.scatter(0, heaviest, 0.0)
     gain = fit_ranges(W_RNS, weights_RNS, 2, ranges)[2] - fit_ranges(without, weights_RNS, 2, ranges)[2]
-    best = gain.flatten().topk(min(round(share * W_NK.numel()), gain.numel())).indices
-    wins = torch.zeros_like(gain, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(gain)
+    best = gain.flatten().topk(min(count, gain.numel())).indices
+    wins = (gain > 0) & torch.zeros_like(gain, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(gain)
     chosen_NSR = torch.zeros(len(W_NK), len(narrow), STRIP, dtype=torch.bool, device=W_NK.device)
     chosen_NSR[:, narrow] = torch.zeros_like(W_RNS, dtype=torch.bool).scatter(0, heaviest, wins[None]).permute(1, 2, 0)
     return chosen_NSR.view_as(W_NK)

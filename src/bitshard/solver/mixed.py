@@ -96,7 +96,8 @@ class _Matrix:
             W, H = W[:, channels], H[channels][:, channels]
         outlier_NK = torch.zeros_like(W, dtype=torch.bool)
         if recipe.outliers:
-            outlier_NK = choose_outliers(W, H.diagonal(), spec, recipe.ranges, recipe.outliers)
+            count = round(recipe.outliers * W_NK.numel())
+            outlier_NK = choose_outliers(W, H.diagonal(), spec, recipe.ranges, count)
         row_scales_N = row_zeros_N = None
         if spec.metadata == "paper":
             wide_NC = W.view(n, -1, STRIP)[:, ::4].reshape(n, 1, -1)
@@ -272,12 +273,12 @@ class _Matrix:
         if not self._is_row_wise(strip):
             zeros_PN.clamp_(zero_base(width), zero_base(width) + 3)
         scales_PN = table_NC.T.gather(0, codes_PN.long())
-        Q_PRN, error_PRN = _round(T_NR, U_RR, scales_PN, zeros_PN, (1 << width) - 1, outlier_NR)
-        loss_PN = error_PRN.square().sum(1)
+        Q_RPN, error_RPN = _round(T_NR, U_RR, scales_PN, zeros_PN, (1 << width) - 1, outlier_NR)
+        loss_PN = error_RPN.square().sum(0)
         best_1N = loss_PN.argmin(0, keepdim=True)
         codes_N, zeros_N, loss_N = (values.gather(0, best_1N)[0] for values in (codes_PN, zeros_PN, loss_PN))
-        best_1RN = best_1N[:, None].expand(1, STRIP, -1)
-        Q_NR, error_NR = (values.gather(0, best_1RN)[0].T for values in (Q_PRN, error_PRN))
+        best_R1N = best_1N.expand(STRIP, 1, -1)
+        Q_NR, error_NR = (values.gather(1, best_R1N)[:, 0].T for values in (Q_RPN, error_RPN))
         return _Rounded(Q_NR, error_NR, loss_N, codes_N, zeros_N)
 
 
@@ -300,20 +301,21 @@ def _round(
     top: int,
     outlier_NR: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round 16 channels in turn for P choices of scale and zero: dequantized values and errors over U_jj [P, R, N]."""
-    rest_PRN = T_NR.T.expand(len(scales_PN), -1, -1).clone()
-    Q_PRN, error_PRN = torch.empty_like(rest_PRN), torch.empty_like(rest_PRN)
-    outlier_RN = outlier_NR.T if bool(outlier_NR.any()) else None
+    """Round 16 channels in turn for P choices of scale and zero: dequantized values and errors over U_jj [R, P, N]."""
+    shape = STRIP, *scales_PN.shape
+    Q_RPN, error_RPN = T_NR.new_empty(shape), T_NR.new_empty(shape)
+    T_RN, outlier_RN = T_NR.T.contiguous(), outlier_NR.T if bool(outlier_NR.any()) else None
+    low_PN, high_PN = -zeros_PN, top - zeros_PN
     for i in range(STRIP):
-        w_PN = rest_PRN[:, i]
-        q_PN = (w_PN / scales_PN).round_()
-        q_PN = torch.minimum(torch.maximum(q_PN, -zeros_PN), top - zeros_PN).mul_(scales_PN)
+        # one product over what is rounded already reads half of what updating all that is not would write
+        w_PN = T_RN[i] - (U_RR[:i, i] @ error_RPN[:i].flatten(1)).view(scales_PN.shape)
+        q_PN = torch.div(w_PN, scales_PN, out=Q_RPN[i]).round_()
+        torch.maximum(q_PN, low_PN, out=q_PN)
+        torch.minimum(q_PN, high_PN, out=q_PN).mul_(scales_PN)
         if outlier_RN is not None:
-            q_PN = torch.where(outlier_RN[i], w_PN.to(torch.float16).float(), q_PN)
-        Q_PRN[:, i] = q_PN
-        error_PRN[:, i] = (w_PN - q_PN) / U_RR[i, i]
-        rest_PRN[:, i + 1 :] -= error_PRN[:, i, None] * U_RR[i, i + 1 :, None]
-    return Q_PRN, error_PRN
+            q_PN.copy_(torch.where(outlier_RN[i], w_PN.to(torch.float16).float(), q_PN))
+        torch.sub(w_PN, q_PN, out=error_RPN[i]).div_(U_RR[i, i])
+    return Q_RPN, error_RPN
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
