@@ -7,6 +7,7 @@ import torch
 from bitshard.errors import SolverError
 
 DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the diagonal itself
+LEAST_RETRY = 1e-4  # where the first try had no damping at all
 
 
 class Hessian:
@@ -75,4 +76,4 @@ def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Te
                 f"a Hessian that factors with damping of {damp:g} to 1 times its mean diagonal",
                 "calibrate with more or other text, and check the layer's weights and activations",
             )
-        tried = min(tried * DAMP_GROWTH, 1.0)
+        tried = min(max(tried * DAMP_GROWTH, LEAST_RETRY), 1.0)
