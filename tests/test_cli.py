@@ -20,7 +20,7 @@ from factory import random_checkpoint
 
 VERBS = ("quantize", "convert", "plan", "inspect", "verify", "eval", "generate", "doctor", "demo", "bench", "bench mlp")
 WIDTH = 80
-SMALL = ("--group-size", 16, "--samples", 2, "--length", 32)
+SMALL = ("--samples", 2, "--length", 32)
 DOWN, NORM = "model.layers.1.mlp.down_proj", "model.layers.0.input_layernorm"
 
 
@@ -134,12 +134,25 @@ def failures(place: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]
         "no folder": (["inspect", "/nothing/at/all"], "/nothing/at/all: found no such folder"),
         "no hub id": (["inspect", ""], ": found "),
         "out exists": (["convert", gptq, gptq], "gptq: found an existing file or folder"),
-        "pad to 0": (["convert", gptq, out, "--pad-to", 0], "pad_to: found 0"),
-        "pad to -1": (["plan", gptq, "--pad", -1], "pad_to: found -1"),
+        "pad to 0": (["convert", gptq, out, "--pad-to", 0], "tensor-parallel degree: found 0; allowed: 1 or more"),
+        "pad to -1": (["plan", gptq, "--pad", -1], "tensor-parallel degree: found -1"),
+        "max tp": ([*calibrate, "--max-tp", 0], "tensor-parallel degree: found 0"),
         "no bandwidth": (["plan", gptq, "--gb-per-s", 0], "gb_per_s: found 0"),
         "bits": (["plan", dense, "--bits", 5], "bits: found 5; allowed: 2, 3, 4 or 8"),
         "group size": (["plan", dense, "--group-size", 0], "group_size: found 0"),
-        "format": ([*calibrate, "--format", "awq"], "--format: found 'awq'"),
+        "format": ([*calibrate, "--format", "awq"], "format: found 'awq'; allowed: mix64 or gptq"),
+        "option of gptq": ([*calibrate, "--group-size", 64], "group_size: found 64; allowed: the options of format mix64"),
+        "option of mix64": ([*calibrate, "--format", "gptq", "--ranges", "search"], "ranges: found 'search'; allowed: the"),
+        "ordered twice": (
+            [*calibrate, "--format", "gptq", "--group-size", 16, "--order", "model", "--desc-act"],
+            "desc_act: found true with order model",
+        ),
+        "recipe": ([*calibrate, "--recipe", "paper-v9"], "recipe: found 'paper-v9'; allowed: paper-v1 or paper-v4"),
+        "recipe and more": ([*calibrate, "--recipe", "paper-v4", "--bits", 3], "recipe: found paper-v4 with bits"),
+        "fraction": ([*calibrate, "--fraction-4bit", 0.3], "fraction_4bit: found 0.3; allowed: 0, 0.25, 0.5 or 1"),
+        "outliers": ([*calibrate, "--outliers", 0.5], "outliers: found 0.5"),
+        "odd size": ([*calibrate, "--format", "gptq", "--group-size", 48], "q_proj: found 64 input channels; allowed: whole"),
+        "short calibration": (["quantize", dense, out, "--calibration", text], "calibration: found segments of 512 tokens"),
         "quantized twice": (["quantize", gptq, out, "--calibration", text], "gptq: found a quantized checkpoint"),
         "degree": (["generate", place / "tp", "Hello", "--tp", 3], "o_proj: found tensor-parallel degree 3"),
         "strategy": ([*ask, "--strategy", "best"], "strategy: found 'best'"),

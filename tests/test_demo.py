@@ -23,7 +23,7 @@ def test_stories260k(stories: Path, tmp_path: Path) -> None:
     text = tmp_path / "stories.txt"
     text.write_text(STORY * 40, encoding="utf-8")
     spec = QuantSpec(bits=4, group_size=8, desc_act=True)
-    quantize(stories, tmp_path / "gptq", spec, Calibration(text, samples=8, length=64), pad_to=4)
+    quantize(stories, tmp_path / "gptq", spec, Calibration(text, samples=8, length=64), max_tp=4)
     report = convert(tmp_path / "gptq", tmp_path / "tp")
     assert report.mlps_reordered == 5 and 4 in report.degrees
     assert verify(tmp_path / "tp", tmp_path / "gptq").equal_matrices

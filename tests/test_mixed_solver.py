@@ -51,7 +51,7 @@ def every(specs: list[MixSpec]) -> pytest.MarkDecorator:
 def inputs(k: int, seed: int, tokens: int = 300) -> torch.Tensor:
     """Correlated inputs of very different sizes [T, K]."""
     generator = torch.Generator().manual_seed(seed)
-    mix_KK = torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k)
+    mix_KK = torch.randn(k, k, generator=generator) * float(k) ** -0.5 + torch.eye(k)
     return torch.randn(tokens, k, generator=generator) @ mix_KK * torch.exp(torch.randn(k, generator=generator))
 
 

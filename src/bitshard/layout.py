@@ -249,7 +249,7 @@ class GptqLayout:
                 f"{k} input and {n} output channels",
                 f"input channels in whole groups of {spec.group(k)}, output channels in whole words of "
                 f"{codes_per_pack(spec.bits)}",
-                "quantize with a group_size that divides, or with padding (`--pad-to 1`)",
+                "quantize with a group_size that divides, or with padding (`--max-tp 1`)",
             )
         return k, n
 

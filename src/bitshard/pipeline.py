@@ -243,7 +243,7 @@ def _check_gptq(job: _Job, spec: QuantSpec) -> None:
             # what lies between two matrices can be padded, the residual stream cannot
             padded = job.padding is None and (what == "input") == (linear.role == "row")
             if size % unit:
-                fix += " or zero-pad the model (`--pad-to 1`)" if padded else ""
+                fix += " or zero-pad the model (`--max-tp 1`)" if padded else ""
                 raise SpecError(name, f"{size} {what} channels", f"whole {unit_name}, of {unit}", fix)
 
 

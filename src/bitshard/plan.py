@@ -183,7 +183,7 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
     Raises PlanError when no padding can: a multi-query model's one KV head is never multiplied.
     """
     if tp_size < 1:
-        raise PlanError("pad_to", str(tp_size), "a tensor-parallel degree, 1 or more", "choose one")
+        raise PlanError("tensor-parallel degree", str(tp_size), "1 or more", "choose one")
     sizes = plan.sizes
     unit = 1  # the MLP's hidden width must be a multiple of this on every rank
     for layer in range(sizes.layers):

@@ -132,7 +132,7 @@ def _check(W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str) -
             name,
             f"{k} input channels",
             f"whole groups of {spec.group_size}",
-            "choose a group_size that divides, -1 for one group, or zero-pad the model (`--pad-to 1`)",
+            "choose a group_size that divides, -1 for one group, or zero-pad the model (`--max-tp 1`)",
         )
     check_finite(W_NK, H_KK, name)
 
