@@ -242,11 +242,13 @@ def test_a_missing_tensor_is_named(suffix: str) -> None:
         LAYOUT.unpack("m", tensors, MixSpec(), (100, 70))
 
 
-@pytest.mark.parametrize("suffix", ["zeros2", "row_zeros"])
-def test_bits_that_mean_nothing_are_zero(suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "bit"), [("zeros2", 0x8), ("zeros2", 0x80), ("zeros2", 0x1000), ("row_zeros", 0x10)]
+)
+def test_bits_that_mean_nothing_are_zero(suffix: str, bit: int) -> None:
     spec = MixSpec(2, 0.25, "paper")
     tensors = LAYOUT.pack(random(spec, 7, 64))
-    tensors[suffix].view(-1)[-1] |= 0x80
+    tensors[suffix].view(-1)[-1] |= bit
     with pytest.raises(FormatError, match=rf"m\.{suffix}: found bits set that mean nothing"):
         LAYOUT.unpack("m", tensors, spec, (64, 7))
 

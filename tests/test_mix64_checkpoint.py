@@ -132,6 +132,8 @@ def test_degrees(tmp_path: Path) -> None:
     assert padding_for(odd, 4).intermediate == 512
     paper = replace(finer, spec_of=lambda name: PAPER)
     assert {o.reason for o in paper.obstacles(2)} == {"256 output channels / 2 splits a tile of 256 output channels"}
+    wider = replace(paper, sizes=replace(plan.sizes, heads=8, kv_heads=8, intermediate=288))
+    assert padding_for(wider, 2).intermediate == 512
 
 
 def test_a_row_matrix_with_strips_out_of_order_is_not_cut(tmp_path: Path) -> None:
