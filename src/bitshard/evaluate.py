@@ -206,7 +206,8 @@ def perplexity(
         require_tokens(one, windows.tokens_WS, windows.context)
     start = time.perf_counter()
     losses_MW = np.empty((len(models), len(windows)))
-    divergences, agreeing = [], 0
+    kl_WS = torch.zeros(len(windows) if reference is not None else 0, windows.scored)
+    agreeing = 0
     with torch.no_grad():
         for w in progress(range(len(windows)), "evaluating"):
             window = windows[w]
@@ -227,7 +228,7 @@ def perplexity(
                 losses += [torch.nn.functional.nll_loss(log, targets, reduction="sum").item() for log in logs]
                 if reference is not None:
                     log_q, log_p = logs
-                    divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+                    kl_WS[w, chunk] = (log_p.exp() * (log_p - log_q)).sum(-1).cpu()
                     agreeing += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             losses_MW[:, w] = losses / windows.scored
     means, tokens = losses_MW.mean(1), len(windows) * windows.scored
@@ -240,7 +241,7 @@ def perplexity(
     spread = None if len(windows) == 1 else value * float(losses_MW[0].std(ddof=1)) / math.sqrt(len(windows))
     divergence = None
     if reference is not None:
-        kl = torch.cat(divergences).numpy()
+        kl = kl_WS.numpy()
         median, highest = map(float, np.quantile(kl, [0.5, 0.99]))
         divergence = Divergence(math.exp(means[1]), float(kl.mean()), median, highest, agreeing / tokens)
     seconds = time.perf_counter() - start
