@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from bitshard.evaluate import perplexity, text_windows
 from bitshard.integrations.transformers import load, load_tokenizer
 from bitshard.sources import resolve
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "accuracy"
 SAMPLES, LENGTH = 64, 512  # of calibration
 CONTEXT, WINDOWS = 1024, 20  # of evaluation
@@ -96,7 +97,8 @@ class Subject:
         if not out.exists():
             if python is None:
                 raise SystemExit(f"this row needs --{option.replace('_', '-')} PYTHON; README.md says how to make it")
-            subprocess.run([python, str(HERE / script), *map(str, arguments)], check=True)
+            # in the work folder: GPTQModel writes logs to where it runs
+            subprocess.run([python, str(HERE / script), *map(str, arguments)], check=True, cwd=self.arguments.work)
         return out
 
     def segments_file(self) -> Path:
@@ -247,7 +249,7 @@ def _ggml_library(python: str | None) -> Path:
 
 def _pair(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
-    return name, Path(path).expanduser()
+    return name, Path(path).expanduser().resolve()
 
 
 def main() -> None:
@@ -261,11 +263,14 @@ def main() -> None:
         "--work", type=Path, default=Path("build/accuracy"), help="what other programs make is kept here"
     )
     for peer in ("--gptqmodel", "--auto-round", "--llama"):
-        parser.add_argument(peer, metavar="PYTHON", help="the interpreter of that program's virtual environment")
+        parser.add_argument(
+            peer, type=os.path.abspath, metavar="PYTHON", help="the interpreter of that program's virtual environment"
+        )
     arguments = parser.parse_args()
     rows = {name: ROWS[name] for name in arguments.rows.split(",") if name}
     rows |= {name: partial(checkpoint, folder=folder) for name, folder in arguments.checkpoint}
     name, path = arguments.model
+    arguments.work = arguments.work.resolve()
     subject = Subject(name, path, arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for row, make in rows.items():
