@@ -118,9 +118,11 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="New folder.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq.")] = "mix64",
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
-    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: 4-bit strips, 0, 0.25, 0.5 or 1. [0.25]")] = None,
+    fraction_4bit: Annotated[
+        float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
+    ] = None,
     average_bits: Annotated[
-        float | None, typer.Option(help="mix64: choose the fraction for each matrix, within these bits in all.")
+        float | None, typer.Option(help="mix64: choose that fraction for each matrix, within these bits in all. [2.91]")
     ] = None,
     outliers: Annotated[float | None, typer.Option(help="mix64: share of weights kept in 16 bits. [0]")] = None,
     metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
@@ -208,7 +210,9 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder or hub id; config.json is enough.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
-    fraction_4bit: Annotated[float | None, typer.Option(help="mix64: 4-bit strips, 0, 0.25, 0.5 or 1. [0.25]")] = None,
+    fraction_4bit: Annotated[
+        float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
+    ] = None,
     metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
     group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
     pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,

@@ -45,7 +45,7 @@ from bitshard.solver.gptq import DAMP, SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.sources import calibration_text, resolve
-from bitshard.spec import BLOCK, FRACTIONS, GPTQ_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
+from bitshard.spec import BLOCK, FRACTIONS, GPTQ_RECIPE, MIX_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
 from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
@@ -158,14 +158,14 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize a 16-bit `model` (folder, .gguf file or hub id) into the new folder `out`; resumes an interrupted run.
 
-    spec: a MixSpec writes `mix64`, a QuantSpec the public GPTQ format. recipe: MixRecipe() for `mix64`, for GPTQ plain
-    GPTQ in natural order. Solved in float32, on a CUDA device where there is one. max_tp: zero-pad MLP channels and
-    whole KV groups until the matrices can be quantized and this tensor-parallel degree is legal; 1 is enough for odd
-    sizes. Raises CheckpointError, FormatError, PlanError or SpecError before any work when something cannot be,
-    SolverError with the matrix's name when numbers cannot; nothing is left under `out` then.
+    spec: a MixSpec writes `mix64`, a QuantSpec the public GPTQ format. recipe: left out, 2.91 bits on average for
+    MixSpec(), plain GPTQ in natural order for GPTQ. Solved in float32, on a CUDA device where there is one. max_tp:
+    zero-pad MLP channels and whole KV groups until the matrices can be quantized and this tensor-parallel degree is
+    legal; 1 is enough for odd sizes. Raises CheckpointError, FormatError, PlanError or SpecError before any work when
+    something cannot be, SolverError with the matrix's name when numbers cannot; nothing is left under `out` then.
     """
     calibration = calibration or Calibration()
-    recipe = recipe or (MixRecipe() if isinstance(spec, MixSpec) else GPTQ_RECIPE)
+    recipe = recipe or _usual_recipe(spec)
     job = _prepare(resolve(str(model)), spec, recipe, max_tp)
     text = calibration_text(calibration.path)
     tokens_SL = _segments(job.checkpoint, text, calibration)
@@ -457,6 +457,12 @@ def _report(job: _Job, out: Path, solved: torch.Tensor) -> QuantizeReport:
         padded=vars(job.padding) if grown else {},
         filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
     )
+
+
+def _usual_recipe(spec: QuantSpec | MixSpec) -> MixRecipe:
+    if isinstance(spec, QuantSpec):
+        return GPTQ_RECIPE
+    return MIX_RECIPE if spec == MixSpec() else MixRecipe()
 
 
 def _gptq_layout(spec: QuantSpec) -> GptqLayout:

@@ -229,8 +229,15 @@ class MixRecipe:
                 "outliers", f"{self.outliers:g} with strips of {spec.widths} bits", "outliers in 2-bit strips only",
                 "leave them out, or use bits 2",
             )  # fmt: skip
+        if self.average_bits is not None and spec != MixSpec():
+            raise SpecError(
+                "average_bits", f"{self.average_bits:g} with strips of {spec.widths} bits, metadata {spec.metadata}",
+                "a fraction of 4-bit strips that is chosen for each matrix, metadata fine",
+                "leave average_bits out, or bits, fraction_4bit and metadata",
+            )  # fmt: skip
 
 
+MIX_RECIPE = MixRecipe(average_bits=2.91)  # what MixSpec() is filled by when nothing else is asked for
 GPTQ_RECIPE = MixRecipe(order="none", ranges="minmax", correct=False)  # 2210.17323 as it is
 # 2311.16442 as far as it is known (docs/accuracy.md says what is not): spec and recipe by the paper's version
 PAPER_RECIPES = {
@@ -260,7 +267,8 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         return PAPER_RECIPES[recipe]
     spec: QuantSpec | MixSpec
     if format == "mix64":
-        spec, start = MixSpec(given.get("bits", 2), 0.25 if given.get("bits", 2) == 2 else 0.0), MixRecipe()
+        spec = MixSpec(fraction_4bit=0.25 if given.get("bits", 2) == 2 else 0.0, bits=given.get("bits", 2))
+        start = MixRecipe() if {"bits", "fraction_4bit", "metadata"} & given.keys() else MIX_RECIPE
     else:
         spec, start = QuantSpec(), GPTQ_RECIPE
     names = {field.name for field in (*fields(spec), *fields(start))}
