@@ -45,7 +45,17 @@ from bitshard.solver.gptq import DAMP, SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.sources import calibration_text, resolve
-from bitshard.spec import BLOCK, FRACTIONS, GPTQ_RECIPE, MIX_RECIPE, MixRecipe, MixSpec, QuantSpec, codes_per_pack
+from bitshard.spec import (
+    BLOCK,
+    FRACTIONS,
+    GPTQ_RECIPE,
+    MIX_RECIPE,
+    STRIP,
+    MixRecipe,
+    MixSpec,
+    QuantSpec,
+    codes_per_pack,
+)
 from bitshard.writer import Writer
 
 OUTSIDE = "outside the blocks"
@@ -317,7 +327,7 @@ def _allocate(
             W_NK, active_K = pad(W_NK, (0, fill)), pad(active_K, (0, job.spec.blocks(k) * BLOCK - len(active_K)))
             names.append(name)
             errors.append(relative_errors(W_NK, active_K))
-            sizes.append([spec.code_bytes(k, n) + spec.scale_bytes(k, n) for spec in choices])
+            sizes.append([_bytes(spec, job.recipe, k, n) for spec in choices])
             weights += k * n
     budget = int(average_bits * weights / 8)
     if sum(size[0] for size in sizes) > budget:
@@ -326,6 +336,16 @@ def _allocate(
             "allow more bits",
         )  # fmt: skip
     return {name: choices[choice] for name, choice in zip(names, spend(errors, sizes, budget), strict=True)}
+
+
+def _bytes(spec: MixSpec, recipe: MixRecipe, in_features: int, out_features: int) -> int:
+    """Of all tensors of one matrix as this recipe fills it."""
+    size = spec.code_bytes(in_features, out_features) + spec.scale_bytes(in_features, out_features)
+    if recipe.outliers and 2 in spec.widths:
+        size += 4 * round(recipe.outliers * in_features * out_features) + 4 * (out_features + 1)
+    if recipe.order == "none" and len(set(spec.widths)) > 1:
+        size += 2 * spec.blocks(in_features) * BLOCK // STRIP
+    return size
 
 
 def _digest(order: ModelOrder) -> str:

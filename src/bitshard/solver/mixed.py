@@ -204,7 +204,7 @@ class _Matrix:
             steps_TS=state.steps_TS,
             offsets_TS=state.offsets_TS,
             row_scales_N=None if self.row_scales_N is None else self.row_scales_N.to(torch.float16),
-            outliers=Outliers.of(state.Q_NK, self.outlier_NK) if self.recipe.outliers else None,
+            outliers=Outliers.of(state.Q_NK, self.outlier_NK) if bool(self.outlier_NK.any()) else None,
             strip_order_S=self.strip_order_S,
         )
 
