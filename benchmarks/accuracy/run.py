@@ -26,6 +26,7 @@ import transformers
 from gguf import GGMLQuantizationType
 from kquants import Ggml, importance, read_linears
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bitshard.bench.report import header
 from bitshard.checkpoint import Checkpoint
@@ -77,7 +78,9 @@ class Subject:
 
     @cached_property
     def reference(self) -> PreTrainedModel:
-        return load(self.folder)
+        model = load(self.folder)
+        remember(model, self.work("reference"))
+        return model
 
     @cached_property
     def segments_SL(self) -> torch.Tensor:
@@ -89,7 +92,7 @@ class Subject:
 
     @cached_property
     def importance(self) -> dict[str, torch.Tensor]:
-        return importance(self.reference, list(self.linears), self.segments_SL)
+        return importance(load(self.folder), list(self.linears), self.segments_SL)
 
     def peer(self, option: str, script: str, arguments: Sequence[object], out: Path) -> Path:
         """What another program makes in its own environment, unless it is there."""
@@ -114,6 +117,20 @@ class Subject:
             for name, weight_NK in weights.items():
                 model.get_parameter(f"{name}.weight").copy_(weight_NK)
         return Made(model, nbytes, details)
+
+
+def remember(model: PreTrainedModel, folder: Path) -> None:
+    """Keep the last hidden states of every window in a file: each row is compared with them."""
+    folder.mkdir(exist_ok=True)
+    forward = model.base_model.forward
+
+    def remembered(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        path = folder / f"{hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()}.pt"
+        if not path.exists():
+            torch.save(forward(input_ids, **kwargs).last_hidden_state, path)
+        return BaseModelOutputWithPast(last_hidden_state=torch.load(path))
+
+    model.base_model.forward = remembered
 
 
 def source(subject: Subject) -> Made:
