@@ -276,13 +276,18 @@ def inspect(
         "model": report.model_type,
         "method, layout": f"{report.method}, {report.layout} version {report.version}",
         **({"zeros": ZEROS[report.zeros_version]} if report.zeros_version else {}),
-        "spec": ", ".join(f"{k}={v}" for k, v in report.spec.items()),
+        "spec": _settings(report.spec),
         "average bits": f"{report.average_bits:.3f}, everything counted",
+        **({"order": report.matrices[0].order} if len({m.order for m in report.matrices}) == 1 else {}),
         **({"outliers": f"{report.outlier_share:.3%} of the weights"} if report.outlier_share else {}),
         "legal TP degrees": ", ".join(map(str, report.degrees)),
-        **{f"from: {k}": v for k, v in report.provenance.items()},
+        **{f"from: {k}": _settings(v) if isinstance(v, dict) else v for k, v in report.provenance.items()},
     }
     _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:
@@ -296,12 +301,21 @@ def _matrix_table(report: Inspection, every: bool) -> Table:
         "4-bit share": [m.share_4bit for m in report.matrices],
     }
     shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    table = _columns(None, "matrix", "K x N", *settings, "order", *shown, "count", left=["matrix", "order"])
+    ordered = all(m.order == report.matrices[0].order for m in report.matrices)
+    orders = [] if ordered else ["order"]
+    table = _columns(None, "matrix", "K x N", *settings, *orders, *shown, "count", left=["matrix", "order"])
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    below = {re.sub(r"\.\d+\.", ".*.", _below_block(m.name)) for m in report.matrices}
+    short = {name: name.rpartition(".")[2] for name in below}
+    unique = len(set(short.values())) == len(short)
     kinds: dict[tuple[str, ...], list[int]] = {}
     for i, m in enumerate(report.matrices):
-        name = m.name if every else re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
-        kind = (name, f"{m.in_features} x {m.out_features}", *(facts[i][setting] for setting in settings), m.order)
-        kinds.setdefault(kind, []).append(i)
+        kind = re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
+        name = m.name if every else short[kind] if unique else kind
+        order = [] if ordered else [m.order]
+        row = (name, f"{m.in_features} x {m.out_features}", *(facts[i][setting] for setting in settings), *order)
+        kinds.setdefault(row, []).append(i)
     for row, members in kinds.items():
         means = [_mean(values[i] for i in members) for values in shown.values()]
         table.add_row(*row, *means, str(len(members)))

@@ -65,6 +65,8 @@ def inspect(path: Path) -> Inspection:
     """Describe the quantized checkpoint `path`. Raises FormatError for one that is not quantized."""
     checkpoint = Checkpoint.open(path)
     quantization, plan = checkpoint.quantized, checkpoint.plan()
+    in_use = [name for layer in range(plan.sizes.layers) for name, _ in plan.linears(layer)]
+    places = {name: i for i, name in enumerate(in_use)}
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     matrices = [_matrix(checkpoint, name, _solved(path, report, name)) for name in checkpoint.matrices()]
     weights = sum(m.in_features * m.out_features for m in matrices)
@@ -79,7 +81,7 @@ def inspect(path: Path) -> Inspection:
         spec=vars(quantization.spec),
         degrees=plan.legal_degrees(),
         average_bits=sum(m.bytes for m in matrices) * 8 / weights,
-        matrices=sorted(matrices, key=lambda m: _natural(m.name)),
+        matrices=sorted(matrices, key=lambda m: (places.get(m.name, len(places)), _natural(m.name))),
         provenance=quantization.section.get("provenance", {}),
     )
 
@@ -165,5 +167,5 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _natural(name: str) -> list[Any]:
-    """Sort key with numbers as numbers, so that layer 2 comes before layer 10."""
+    """Sort key with numbers as numbers, so that expert 2 comes before expert 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
