@@ -229,9 +229,8 @@ def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, max_tp: i
     checkpoint.plan()  # refuses a matrix that is missing or has other sizes than config.json gives it
     if max_tp is not None:
         job = replace(job, padding=padding_for(job.plan, max_tp))
-    if isinstance(spec, MixSpec):
-        recipe.check(spec)
-    else:
+    recipe.check(spec)
+    if isinstance(spec, QuantSpec):
         _check_gptq(job, spec)
     return job
 
@@ -323,12 +322,12 @@ def _allocate(
             k, n = linear.in_features, linear.out_features
             W_NK = tensors[f"{name}.weight"][:: ceil(n / ALLOCATE_ROWS)].float()
             active_K = activity[name][edit.rows[name]] if name in edit.rows else activity[name]
-            fill = job.spec.blocks(k) * BLOCK - W_NK.shape[1]
-            W_NK, active_K = pad(W_NK, (0, fill)), pad(active_K, (0, job.spec.blocks(k) * BLOCK - len(active_K)))
+            stored = job.spec.blocks(k) * BLOCK
+            W_NK, active_K = pad(W_NK, (0, stored - k)), pad(active_K, (0, stored - len(active_K)))
             names.append(name)
             errors.append(relative_errors(W_NK, active_K))
             sizes.append([_bytes(spec, job.recipe, k, n) for spec in choices])
-            weights += k * n
+            weights += stored * n
     budget = int(average_bits * weights / 8)
     if sum(size[0] for size in sizes) > budget:
         raise SpecError(

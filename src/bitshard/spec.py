@@ -196,7 +196,8 @@ class MixRecipe:
     sensitive, "hessian" (2311.16442 v4) or its "range" alone (v1). ranges: of strips, found by a "search" for the least
     error or by "minmax". outliers: share of weights kept in 16 bits. correct: aim at the 16-bit model's outputs from
     inputs that the blocks before have changed (2504.02692), not at each matrix's own. average_bits: each matrix gets
-    the fraction of 4-bit strips that lowers the model's errors most, within so many bits for everything.
+    the fraction of 4-bit strips that lowers the model's errors most, within so many bits for everything; the zeros that
+    fill up its last block count as weights.
     """
 
     order: str = "model"
@@ -221,17 +222,20 @@ class MixRecipe:
                 f"a share of all weights from 0 to {MOST_OUTLIERS}",
                 "for example 0.002",
             )
+        if self.average_bits is not None and not 0 < self.average_bits <= 16:
+            raise SpecError("average_bits", repr(self.average_bits), "more than 0 and at most 16", "for example 2.91")
 
-    def check(self, spec: MixSpec) -> None:
+    def check(self, spec: QuantSpec | MixSpec) -> None:
         """Raise SpecError for what this format cannot hold."""
-        if self.outliers and 2 not in spec.widths:
+        what = ", ".join(f"{name} {value}" for name, value in spec.facts().items())
+        if self.outliers and not (isinstance(spec, MixSpec) and 2 in spec.widths):
             raise SpecError(
-                "outliers", f"{self.outliers:g} with strips of {spec.widths} bits", "outliers in 2-bit strips only",
+                "outliers", f"{self.outliers:g} with {what}", "outliers in 2-bit strips only",
                 "leave them out, or use bits 2",
             )  # fmt: skip
         if self.average_bits is not None and spec != MixSpec():
             raise SpecError(
-                "average_bits", f"{self.average_bits:g} with strips of {spec.widths} bits, metadata {spec.metadata}",
+                "average_bits", f"{self.average_bits:g} with {what}",
                 "a fraction of 4-bit strips that is chosen for each matrix, metadata fine",
                 "leave average_bits out, or bits, fraction_4bit and metadata",
             )  # fmt: skip
@@ -273,13 +277,12 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         spec, start = QuantSpec(), GPTQ_RECIPE
     names = {field.name for field in (*fields(spec), *fields(start))}
     if format == "gptq":
-        names -= {"ranking", "ranges", "outliers"}
+        names -= {"ranking", "ranges", "outliers", "average_bits"}
     for name in given:
         if name not in names:
             raise SpecError(name, repr(given[name]), f"the options of format {format}", "leave it out")
     own = {field.name for field in fields(spec)}
     wanted = replace(start, **{name: value for name, value in given.items() if name not in own})
     spec = replace(spec, **{name: value for name, value in given.items() if name in own})
-    if isinstance(spec, MixSpec):
-        wanted.check(spec)
+    wanted.check(spec)
     return spec, wanted
