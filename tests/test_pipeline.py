@@ -2,10 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,40 +150,6 @@ def test_a_finished_block_is_not_done_again(text: Path, tmp_path: Path) -> None:
     second: list[int] = []
     quantize(model, tmp_path / "out", SPEC, small(text), progress=stop_after(99, second))
     assert (first, second) == ([0, 1], [2])
-
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from bitshard.models import mlp_paths
-from bitshard.pipeline import Calibration, quantize
-from bitshard.spec import GPTQ_RECIPE, QuantSpec
-
-torch.set_num_threads(1)
-model, out, text = map(Path, sys.argv[1:])
-
-def progress(items, label):
-    for item in items:
-        if item == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield item
-
-quantize(model, out, QuantSpec(4, 16, sym=True, desc_act=True), Calibration(text, 6, 24), progress=progress)
-"""
-
-
-def test_survives_sigkill_in_another_process(text: Path, tmp_path: Path) -> None:
-    model = random_model(tmp_path / "m", "qwen2")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, model, tmp_path / "out", text], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
-    quantize(model, tmp_path / "out", SPEC, small(text))
-    quantize(model, tmp_path / "whole", SPEC, small(text))
-    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("other", ["calibration", "source"])

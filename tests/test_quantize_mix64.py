@@ -1,0 +1,560 @@
+"""quantize to mix64: every architecture, ordered and not, any kill point, odd sizes, and every input it must refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from bitshard.checkpoint import Checkpoint
+from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
+from bitshard.integrations.transformers import load
+from bitshard.mixed import MixedWeight
+from bitshard.ordering import choose_order
+from bitshard.pipeline import Calibration, QuantizeReport, _Job, quantize
+from bitshard.progress import silent
+from bitshard.quantized import QuantizedWeight
+from bitshard.reorder import is_identity
+from bitshard.solver.hessian import Hessian
+from bitshard.spec import GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
+from bitshard.writer import Writer
+from commands import bitshard, refusal
+from dense import random_model, random_text
+from factory import CONFIGS, dense_model, rewrite, token_ids
+
+CPU = torch.device("cpu")
+ALL_EXPERTS = {"num_experts_per_tok": 4}  # so that no choice of experts flips; only mixtral reads it
+# three KV groups, and 96 channels: no whole number of blocks; gpt_bigcode has one KV head
+WIDER = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, **ALL_EXPERTS}
+SIZES = {t: {"n_embd": 96} if t == "gpt_bigcode" else WIDER for t in CONFIGS}
+EIGHT = MixSpec(8, 0.0)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(random_text(2000))
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return random_model(tmp_path / "m", "llama")
+
+
+def small(text: Path, **changes: Any) -> Calibration:
+    return Calibration(**{"path": text, "samples": 6, "length": 24, **changes})
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(token_ids(96), use_cache=False).logits
+    return found
+
+
+def source_logits(path: Path) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, of_largest: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=of_largest * expected.abs().max().item())
+
+
+def permutations(source: Checkpoint, out: Checkpoint) -> bool:
+    """True when the embedding of `out` has the source's channels in another order."""
+    name = next(n for n in source.files if n.endswith(("embed_tokens.weight", "wte.weight")))
+    before, after = source.tensor(name), out.tensor(name)
+    assert torch.equal(before.sort(dim=1).values, after.sort(dim=1).values)
+    return not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_order_alone_changes_no_output(model_type: str, tmp_path: Path) -> None:
+    """Every tensor as the job reads it, in the order that quantizing chooses, makes the same model."""
+    source = Checkpoint.open(random_model(tmp_path / "m", model_type, dtype=torch.float32, **SIZES[model_type]))
+    for mixed in (True, False):
+        order, _ = choose_order(source, token_ids(96), "hessian", mixed, CPU, silent)
+        assert not is_identity(order.hidden_H) and not any(map(is_identity, order.intermediate.values()))
+        job = _Job(source, MixSpec(), MixRecipe(), order=order)
+        tensors = job.read_outside(source.names_outside_blocks())
+        for layer in range(source.sizes.layers):
+            tensors |= job.read_block(layer)
+        assert tensors.keys() == source.files.keys()
+        out = tmp_path / f"ordered-{mixed}"
+        shutil.copytree(source.path, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        assert_close(source_logits(out), source_logits(source.path), 6e-5)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_architecture_at_8_bits_is_the_source(model_type: str, text: Path, tmp_path: Path) -> None:
+    """Order, quantization and writing agree: what comes back is the 16-bit model."""
+    source = Checkpoint.open(random_model(tmp_path / "m", model_type, **SIZES[model_type]))
+    report = quantize(source.path, tmp_path / "out", EIGHT, small(text, samples=20))
+    out = Checkpoint.open(tmp_path / "out")
+    assert permutations(source, out)
+    assert_close(logits(dense_model(out.path)), source_logits(source.path), 0.05)
+    assert all(0 < m.relative_error < 1e-4 for m in report.matrices)
+    hidden = {name: 32 for name, linear in out.plan().linears(0) if linear.in_features == 96}
+    assert hidden and hidden.items() <= report.filled.items() and set(report.filled.values()) == {32}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_architecture_by_default(model_type: str, text: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(random_model(tmp_path / "m", model_type, **ALL_EXPERTS))
+    report = quantize(source.path, tmp_path / "out", MixSpec(), small(text))
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.quantized.spec == MixSpec() and out.layout.name == "mix64" and not report.filled and not report.unseen
+    assert sorted(m.name for m in report.matrices) == sorted(out.matrices())
+    for name in out.matrices():
+        weight = out.weight(name)
+        assert isinstance(weight, MixedWeight) and weight.dequantize().isfinite().all()
+        assert (weight.spec.bits, weight.spec.metadata) == (2, "fine")
+        assert not out.is_irregular(name)
+    assert permutations(source, out)
+    assert all(0 < m.relative_error < 0.15 and 0 <= m.share_4bit <= 1 for m in report.matrices), report.matrices
+    size = sum(t.nbytes for n in out.matrices() for s, t in out.matrix_tensors(n).items() if s != "bias")
+    weights = sum(weight.numel() for weight in (out.weight(n).dequantize() for n in out.matrices()))
+    assert report.average_bits == pytest.approx(8 * size / weights) and report.average_bits <= 2.95
+    kept = {name: t for name, t in out.read(out.names_outside_blocks()).items()}
+    assert all(tensor.dtype == torch.float16 for tensor in kept.values())
+    assert_close(logits(load(out.path)), logits(dense_model(out.path)), 1e-4)
+
+
+def test_a_budget_is_kept(text: Path, tmp_path: Path) -> None:
+    """Of everything in the file, over the weights as they are stored; what matters more gets more."""
+    source = random_model(tmp_path / "m", "llama", hidden_size=80)
+    found = {}
+    for budget in (2.9, 3.3, 3.9):
+        recipe, out = MixRecipe("none", outliers=0.005, average_bits=budget), tmp_path / str(budget)
+        report = quantize(source, out, MixSpec(), small(text), recipe)
+        checkpoint = Checkpoint.open(out)
+        weights = [checkpoint.weight(name) for name in checkpoint.matrices()]
+        stored = sum(w.codes_NK.numel() for w in weights if isinstance(w, MixedWeight))
+        real = sum(w.dequantize().numel() for w in weights)
+        found = report.average_bits * real / stored
+        assert budget - 0.2 < found <= budget
+        fractions = {w.spec.fraction_4bit for w in weights if isinstance(w, MixedWeight)}
+        assert len(fractions) > 1
+        assert_close(logits(load(out)), logits(dense_model(out)), 1e-4)
+    refused(SpecError, "average_bits: found 2; allowed: 2.[0-9]+ or more", source, small(text),
+            recipe=MixRecipe(average_bits=2))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "recipe"),
+    [
+        (MixSpec(), MixRecipe("none")),
+        (MixSpec(2, 0.5), MixRecipe("none", "range", outliers=0.01)),
+        (MixSpec(3, 0.0), MixRecipe("none", correct=False)),
+        *PAPER_RECIPES.values(),
+    ],
+    ids=["default", "half", "3 bits", *PAPER_RECIPES],
+)
+def test_without_an_order_of_the_model(spec: MixSpec, recipe: MixRecipe, text: Path, tmp_path: Path) -> None:
+    """Mixed widths gather each matrix's own strips instead, which the file says; embeddings and norms stay."""
+    source = Checkpoint.open(random_model(tmp_path / "m", "qwen2", **SIZES["qwen2"]))
+    quantize(source.path, tmp_path / "out", spec, small(text), recipe)
+    out = Checkpoint.open(tmp_path / "out")
+    names = out.matrices()
+    assert all(out.is_irregular(name) == (len(set(spec.widths)) > 1) for name in names)
+    assert all(torch.equal(out.tensor(n), source.tensor(n)) for n in source.files if n.rpartition(".")[0] not in names)
+    weights = [out.weight(name) for name in names]
+    assert all(isinstance(w, MixedWeight) and (w.outliers is not None) == (recipe.outliers > 0) for w in weights)
+    assert_close(logits(load(out.path)), logits(dense_model(out.path)), 1e-4)
+    exact, found = source_logits(source.path), logits(dense_model(out.path))
+    assert (found - exact).square().sum() < exact.square().sum()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "glm", "gpt_bigcode"])
+def test_ordered_and_padded(model_type: str, text: Path, tmp_path: Path) -> None:
+    """Both edits at once; the zeros come after the order."""
+    width = {"n_inner": 92} if model_type == "gpt_bigcode" else {"intermediate_size": 92}
+    source = random_model(tmp_path / "m", model_type, **width)
+    report = quantize(source, tmp_path / "out", EIGHT, small(text), max_tp=1)
+    assert report.padded["intermediate"] == 128 and not report.filled
+    assert_close(logits(dense_model(tmp_path / "out")), source_logits(source), 0.05)
+
+
+def planted(folder: Path) -> Path:
+    """A model whose last quarter of channels are 30 times as active as the others, behind every norm."""
+    path = random_model(folder, "llama")
+    source = Checkpoint.open(path)
+    norms = [n for n in source.files if n.endswith("layernorm.weight")]
+    rewrite(path, {n: torch.where(torch.arange(64) % 4 == 3, 30.0, 1.0).half() for n in norms})
+    return path
+
+
+def test_gptq_of_an_ordered_model(text: Path, tmp_path: Path) -> None:
+    """A plain file that any engine reads, with less error than the natural order leaves."""
+    source = planted(tmp_path / "m")
+    spec, errors = QuantSpec(3, 16), {}
+    for order in ("none", "model"):
+        out = tmp_path / order
+        report = quantize(source, out, spec, small(text), replace(GPTQ_RECIPE, order=order))
+        errors[order] = {m.name: m.relative_error for m in report.matrices}
+        checkpoint = Checkpoint.open(out)
+        assert permutations(Checkpoint.open(source), checkpoint) == (order == "model")
+        for name in checkpoint.matrices():
+            weight = checkpoint.weight(name)
+            assert isinstance(weight, QuantizedWeight) and weight.is_trivial and not weight.spec.desc_act
+        section = json.loads((out / "quantize_config.json").read_text())
+        assert section["desc_act"] is False and section["quant_method"] == "gptq"
+    columns = [name for name in errors["none"] if name.endswith(("q_proj", "v_proj", "gate_proj", "up_proj"))]
+    assert all(errors["model"][name] < 0.8 * errors["none"][name] for name in columns), errors
+
+
+def test_an_ordered_model_loses_less(text: Path, tmp_path: Path) -> None:
+    source = planted(tmp_path / "m")
+    errors = {}
+    for order in ("model", "none"):
+        report = quantize(source, tmp_path / order, MixSpec(), small(text), MixRecipe(order))
+        assert all(0.2 < m.share_4bit < 1 for m in report.matrices)
+        errors[order] = {m.name: m.relative_error for m in report.matrices}
+    columns = [name for name in errors["none"] if name.endswith(("q_proj", "v_proj", "gate_proj", "up_proj"))]
+    assert all(errors["model"][name] < 0.5 * errors["none"][name] for name in columns), errors
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the library may catch it."""
+
+
+def counting_down(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that sets how many files may still be renamed or removed before a kill."""
+    left = 0
+
+    def dying(change: Any) -> Any:
+        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return change(path, *args, **kwargs)
+
+        return wrapper
+
+    def set_left(count: int) -> None:
+        nonlocal left
+        left = count
+
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
+    return set_left
+
+
+def told(report: QuantizeReport) -> tuple[Any, ...]:
+    return tuple(report.matrices), tuple(report.unseen), dict(report.filled), report.average_bits
+
+
+def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on disk changes its meaning only by renaming and removing files: die before each of these, in turn."""
+    model = random_model(tmp_path / "m", "llama", hidden_size=48, intermediate_size=64, head_dim=12)
+    calibration, recipe = small(text, samples=2, length=8), MixRecipe(outliers=0.01)
+    whole = quantize(model, tmp_path / "whole", MixSpec(), calibration, recipe)
+    die_after, seen = counting_down(monkeypatch), []
+    for point in range(1, 100):
+        out = tmp_path / f"out-{point}"
+        die_after(point)
+        try:
+            quantize(model, out, MixSpec(), calibration, recipe)
+        except Killed:
+            assert not out.exists()
+            seen.append({path.name.partition("-")[0] for path in (tmp_path / f"out-{point}.partial").iterdir()})
+            assert told(quantize(model, out, MixSpec(), calibration, recipe)) == told(whole)
+            assert digest(out) == digest(tmp_path / "whole"), f"died before change {point}"
+        else:
+            break
+    assert point > 1 + 1 + 3 * 2 + 3, "too few kill points were seen"
+    # also between the order and the first shard, and between a state and its block's shard
+    assert {"task.json", "order.safetensors", "model"} in seen and {"task.json", "order.safetensors"} < seen[1]
+    assert any("inputs" in names for names in seen)
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from bitshard.pipeline import Calibration, quantize
+from bitshard.spec import MixSpec
+
+torch.set_num_threads(1)
+model, out, text = map(Path, sys.argv[1:])
+
+def progress(items, label):
+    for item in items:
+        if label == "quantizing" and item == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+quantize(model, out, MixSpec(), Calibration(text, 6, 24), progress=progress)
+"""
+
+
+def test_survives_sigkill_in_another_process(text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "qwen2")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, model, tmp_path / "out", text], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "order.safetensors").exists()
+    quantize(model, tmp_path / "out", MixSpec(), small(text))
+    quantize(model, tmp_path / "whole", MixSpec(), small(text))
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_seed_says_all(model: Path, text: Path, tmp_path: Path) -> None:
+    shards = {}
+    for name, seed in {"first": 0, "again": 0, "other": 1, "other again": 1}.items():
+        quantize(model, tmp_path / name, MixSpec(), small(text, seed=seed))
+        shards[name] = digest(tmp_path / name)
+    assert shards["first"] == shards["again"] and shards["other"] == shards["other again"]
+    same = {name for name in shards["first"] if shards["first"][name] == shards["other"][name]}
+    assert not any(name.startswith("model-") for name in same)
+
+
+@pytest.mark.parametrize("other", ["recipe", "max_tp"])
+def test_another_task_starts_anew(other: str, model: Path, text: Path, tmp_path: Path) -> None:
+    """Nothing of an interrupted run is used, its order least of all."""
+
+    def stop(items: Sequence[int], label: str, /) -> Iterator[int]:
+        if label == "quantizing":
+            yield items[0]
+            raise Killed
+        yield from items
+
+    with pytest.raises(Killed):
+        quantize(model, tmp_path / "out", MixSpec(), small(text), progress=stop)
+    recipe = MixRecipe(ranking="range") if other == "recipe" else MixRecipe()
+    max_tp = 1 if other == "max_tp" else None
+    quantize(model, tmp_path / "out", MixSpec(), small(text), recipe, max_tp)
+    quantize(model, tmp_path / "whole", MixSpec(), small(text), recipe, max_tp)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_finished_block_is_not_done_again(model: Path, text: Path, tmp_path: Path) -> None:
+    def stop_after(count: int, seen: list[str]) -> Any:
+        def progress(items: Sequence[int], label: str, /) -> Iterator[int]:
+            for item in items:
+                if len(seen) == count:
+                    raise Killed
+                yield item
+                seen.append(f"{label} {item}")
+
+        return progress
+
+    first: list[str] = []
+    with pytest.raises(Killed):
+        quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(), progress=stop_after(3, first))
+    second: list[str] = []
+    quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(), progress=stop_after(99, second))
+    assert first == ["ordering 0", "ordering 1", "quantizing 0"] and second == ["quantizing 1"]
+
+
+def test_config_says_how_it_was_made(model: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(str(model), tmp_path / "out", MixSpec(), small(text), MixRecipe(outliers=0.01))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    section = config["quantization_config"]
+    provenance = section["bitshard"]["provenance"]
+    assert (section["quant_method"], section["bits"], section["fraction_4bit"]) == ("bitshard", 2, 0.25)
+    assert provenance["recipe"] == vars(MixRecipe(outliers=0.01)) and len(provenance["permutation_sha256"]) == 64
+    assert provenance["calibration_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(config) and (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    facts = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert facts == {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
+
+
+def test_dead_channels_work(model: Path, text: Path, tmp_path: Path) -> None:
+    """Silenced by a norm, or by the rows that make them; what they multiply becomes zero, and no output changes."""
+    source = Checkpoint.open(model)
+    norm, up = "model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
+    changes = {name: source.tensor(name).clone() for name in (norm, up)}
+    changes[norm][10:40] = 0
+    changes[up][::2] = 0
+    rewrite(model, changes)
+    report = quantize(model, tmp_path / "out", EIGHT, small(text))
+    dead = {m.name: m.dead for m in report.matrices if m.dead}
+    assert dead == {
+        **{f"model.layers.0.self_attn.{x}_proj": 30 for x in "qkv"}, "model.layers.1.mlp.down_proj": 64,
+    }  # fmt: skip
+    assert_close(logits(dense_model(tmp_path / "out")), source_logits(model), 0.05)
+
+
+def test_sizes_that_fill_no_block_are_exact_and_said(text: Path, tmp_path: Path) -> None:
+    """K of 80, 100 and 60 (no multiple of 16): the zeros are in the file alone, and the command says so."""
+    sizes = {"hidden_size": 80, "intermediate_size": 100, "head_dim": 15, "num_attention_heads": 4}
+    model = random_model(tmp_path / "m", "granite", **{k: v for k, v in sizes.items() if k != "head_dim"})
+    arguments = ["--calibration", text, "--samples", 6, "--length", 24, "--bits", 8]
+    result = bitshard("quantize", model, tmp_path / "out", *arguments)
+    assert result.code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert "input channels of 14 matrices filled up to whole blocks of 64, with 28 or 48 zero channels" in said
+    out = Checkpoint.open(tmp_path / "out")
+    down = out.weight("model.layers.0.mlp.down_proj")
+    assert isinstance(down, MixedWeight) and down.codes_NK.shape == (80, 128) and down.in_features == 100
+    assert torch.equal(down.codes_NK[:, 100:], down.zeros_NS.repeat_interleave(16, 1)[:, 100:])
+    assert_close(logits(dense_model(out.path)), source_logits(model), 0.05)
+    assert_close(logits(load(out.path)), logits(dense_model(out.path)), 1e-4)
+
+
+def refused(kind: type[BitshardError], says: str, model: Path, calibration: Calibration, **options: Any) -> None:
+    out = model.parent / "refused"
+    with pytest.raises(kind, match=says):
+        quantize(model, out, MixSpec(), calibration, **options)
+    assert not out.exists()
+
+
+def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
+    refused(SpecError, "calibration: found a text of 83 segments", model, small(text, samples=84))
+    refused(SpecError, "calibration: found segments of 129 tokens", model, small(text, length=129))
+    refused(CheckpointError, "nowhere: found no such folder", tmp_path / "nowhere", small(text))
+    refused(CheckpointError, "nowhere.txt: found No such file", model, small(tmp_path / "nowhere.txt"))
+    refused(PlanError, "tensor-parallel degree: found 0", model, small(text), max_tp=0)
+    for name, content, says in [
+        ("empty.txt", "", "found a text of 0 segments of 24 tokens; allowed: at least 6"),
+        ("short.txt", "Once upon a time", "found a text of 0 segments"),
+        ("no.jsonl", '{"txt": "x"}\n', "no.jsonl: found KeyError"),
+        ("list.jsonl", "[1, 2]\n", "list.jsonl: found TypeError"),
+        ("number.jsonl", '{"text": 5}\n', "number.jsonl: found TypeError"),
+        ("broken.jsonl", "{", "broken.jsonl: found JSONDecodeError"),
+    ]:
+        (tmp_path / name).write_text(content)
+        refused(BitshardError, says, model, small(tmp_path / name))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    refused(CheckpointError, "binary.txt: found UnicodeDecodeError", model, small(tmp_path / "binary.txt"))
+    quantize(model, tmp_path / "done", MixSpec(), small(text))
+    refused(FormatError, "done: found a quantized checkpoint; allowed: a 16-bit model", tmp_path / "done", small(text))
+    with pytest.raises(CheckpointError, match="done: found an existing file or folder"):
+        quantize(model, tmp_path / "done", MixSpec(), small(text))
+    with pytest.raises(SpecError, match="outliers: found 0.01 with strips 8 8 8 8"):
+        quantize(model, tmp_path / "refused", EIGHT, small(text), MixRecipe(outliers=0.01))
+    assert not list(tmp_path.glob("refused*"))
+
+
+def test_refuses_another_models_tokenizer(text: Path, tmp_path: Path) -> None:
+    small_vocabulary = random_model(tmp_path / "v", "llama", vocab_size=64)
+    refused(
+        CheckpointError, "v: found a tokenizer that gives token 9.; allowed: 0 to 63", small_vocabulary, small(text)
+    )
+    (small_vocabulary / "tokenizer.json").unlink()
+    refused(CheckpointError, "v: found no usable tokenizer", small_vocabulary, small(text))
+    assert not list(tmp_path.glob("refused*"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_refuses_numbers_that_are_not_finite_by_name(value: float, text: Path, tmp_path: Path) -> None:
+    broken = {
+        "model.layers.1.mlp.up_proj": "model.layers.1.mlp.up_proj: found NaN or infinite weights",
+        "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.gate_proj: found NaN or infinite activations",
+        "model.embed_tokens": "model.layers.0.self_attn.q_proj: found NaN or infinite activations",
+    }
+    for i, (name, says) in enumerate(broken.items()):
+        model = random_model(tmp_path / f"m{i}", "llama")
+        tensor = Checkpoint.open(model).tensor(f"{name}.weight").clone()
+        tensor[5:] = value  # every character of the text, for the embedding
+        rewrite(model, {f"{name}.weight": tensor})
+        recipe = MixRecipe() if value != value else MixRecipe("none", correct=False)
+        refused(SolverError, f"^{says}", model, small(text, samples=2), recipe=recipe)
+
+
+def test_refuses_a_hessian_that_cannot_be_factored(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hessian, "matrix", lambda self: -torch.eye(len(self._sum_KK)))
+    says = "^model.layers.0.self_attn.q_proj: found a Hessian that is not positive definite, even with damping 1"
+    refused(SolverError, says, model, small(text))
+
+
+def test_refuses_weights_beyond_fp16(text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "llama", dtype=torch.float32)
+    rewrite(model, {"model.layers.0.mlp.down_proj.weight": torch.full((64, 128), 1e7)})
+    refused(SolverError, "^model.layers.0.mlp.down_proj: found a scale beyond fp16", model, small(text))
+
+
+@pytest.mark.parametrize("written", [0, 3, 5])
+def test_a_full_disk(written: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the order, a shard, a state: one sentence, and the same command goes on from there to the same bytes."""
+    arguments = ["quantize", model, tmp_path / "out", "--calibration", text, "--samples", 2, "--length", 24]
+    count = 0
+
+    def save(*args: Any) -> None:
+        nonlocal count
+        if count == written:  # safetensors passes the system's error on as text, so this is its text
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        count += 1
+        save_file(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bitshard.writer.save_file", save)
+        sentence = refusal(*arguments)
+    assert "out.partial: found no room left on the disk" in sentence and "run the same command again" in sentence
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.partial/*tmp*"))
+    writes: list[str] = []
+    write_state = Writer.write_state
+
+    def recorded(self: Writer, file_name: str, tensors: Any) -> None:
+        writes.append(file_name)
+        write_state(self, file_name, tensors)
+
+    monkeypatch.setattr(Writer, "write_state", recorded)
+    assert bitshard(*arguments).code == 0
+    # order, outside, and for each of two blocks the next one's inputs before its shard; a finished shard is kept
+    assert len(writes) == {0: 6, 3: 4, 5: 2}[written]
+    quantize(model, tmp_path / "whole", MixSpec(), Calibration(text, 2, 24))
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+CALIBRATE = ("--samples", 2, "--length", 24)
+
+
+def test_the_command_by_default(model: Path, text: Path, tmp_path: Path) -> None:
+    """Nothing but the files named: mix64, ordered, 2.9 bits and a little, and what to do next."""
+    result = bitshard("quantize", model, tmp_path / "out", "--calibration", text, *CALIBRATE)
+    assert result.code == 0 and f"next: bitshard inspect {tmp_path / 'out'}" in result.stdout, result
+    assert "14 matrices, the worst five" in result.stdout and "filled up" not in result.stdout
+    assert "ordering" in result.stderr and "quantizing" in result.stderr
+    quantize(model, tmp_path / "api", MixSpec(), Calibration(text, 2, 24))
+    assert digest(tmp_path / "out") == digest(tmp_path / "api")
+    assert bitshard("inspect", tmp_path / "out").code == bitshard("verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_the_command_with_the_papers_recipe(recipe: str, model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["--calibration", text, *CALIBRATE, "--recipe", recipe, "--json"]
+    result = bitshard("quantize", model, tmp_path / "out", *arguments)
+    assert result.code == 0, result.stderr
+    report = json.loads(result.stdout)
+    spec, expected = PAPER_RECIPES[recipe]
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.quantized.spec == spec and len(report["matrices"]) == 14 and report["average_bits"] > 2.5
+    provenance = json.loads((out.path / "config.json").read_text())["quantization_config"]["bitshard"]["provenance"]
+    assert provenance["recipe"] == vars(expected) and "permutation_sha256" not in provenance
+    for name in out.matrices():
+        weight = out.weight(name)
+        assert isinstance(weight, MixedWeight) and weight.outliers is not None
+        assert len(weight.outliers.values) == round(expected.outliers * weight.dequantize().numel())
+
+
+def test_the_command_to_gptq_in_the_models_order(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["--format", "gptq", "--order", "model", "--bits", 4, "--group-size", 16, "--calibration", text]
+    result = bitshard("quantize", model, tmp_path / "out", *arguments, *CALIBRATE)
+    assert result.code == 0 and f"next: bitshard convert {tmp_path / 'out'}" in result.stdout, result
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.gptq.spec == QuantSpec(4, 16) and not any(map(out.is_irregular, out.matrices()))
+    assert permutations(Checkpoint.open(model), out)
