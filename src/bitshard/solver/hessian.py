@@ -40,7 +40,7 @@ class Hessian:
             return W_NK
         damped_KK = self._sum_KK.clone()
         # a dead channel has no drift either, so any positive number keeps its weights as they are
-        damped_KK.diagonal().add_(damp * damped_KK.diagonal().mean() + torch.finfo(damped_KK.dtype).tiny)
+        damped_KK.diagonal().add_(damp * damped_KK.diagonal().mean())
         L_KK, failed = torch.linalg.cholesky_ex(damped_KK)
         if int(failed):  # the solve will say so, with more damping and the matrix's name
             return W_NK
