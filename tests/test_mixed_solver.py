@@ -140,7 +140,7 @@ def trained(stories: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         model.load(layer, checkpoint.read(checkpoint.names_in_block(layer)))
         watch = {name: xs.append for name, xs in seen.items()} if layer == 2 else {}
         hidden_SLH = model.run(layer, hidden_SLH, watch)
-    return {name: (model.linear(2, name).weight.detach(), torch.cat(xs, 1)[0]) for name, xs in seen.items()}
+    return {name: (model.linear(2, name).weight.detach(), torch.cat(xs).flatten(0, 1)) for name, xs in seen.items()}
 
 
 @every(SPECS)
@@ -323,25 +323,31 @@ def test_refuses_by_name(spec: MixSpec, W: torch.Tensor, H: torch.Tensor, says: 
         solve_mixed(W, H, spec, MixRecipe(), "model.layers.3.mlp.up_proj")
 
 
-def drifting(X_TK: torch.Tensor, exact_TK: torch.Tensor) -> Hessian:
+EXACT = pytest.mark.parametrize("exact", ["inputs", "outputs"])
+
+
+def drifting(X_TK: torch.Tensor, exact_TM: torch.Tensor, exact: str) -> Hessian:
     """Of inputs that came in three parts, with what the 16-bit model had there."""
-    found = Hessian(X_TK.shape[1], X_TK.device, drift=True)
-    for x, exact in zip(X_TK.chunk(3), exact_TK.chunk(3), strict=True):
-        found.add(x[None], exact[None])
+    found = Hessian(X_TK.shape[1], X_TK.device, exact)
+    for x, other in zip(X_TK.chunk(3), exact_TM.chunk(3), strict=True):
+        found.add(x[None], other[None])
     return found
 
 
-def test_without_drift_the_matrix_stays() -> None:
+@EXACT
+def test_without_drift_the_matrix_stays(exact: str) -> None:
     W_NK, X_TK = weights(6, 24, 0), inputs(24, 0)
-    torch.testing.assert_close(drifting(X_TK, X_TK).corrected(W_NK, DAMP), W_NK, rtol=1e-6, atol=0)
-    plain = Hessian(24, X_TK.device)
+    same = drifting(X_TK, X_TK if exact == "inputs" else X_TK @ W_NK.T, exact)
+    torch.testing.assert_close(same.corrected(W_NK, DAMP), W_NK, rtol=1e-6, atol=0 if exact == "inputs" else 1e-6)
+    plain = Hessian(24, X_TK.device, exact)
     plain.add(X_TK)
     assert plain.corrected(W_NK, DAMP) is W_NK
-    assert Hessian(24, X_TK.device, drift=True).corrected(W_NK, DAMP) is W_NK
-    torch.testing.assert_close(plain.matrix(), drifting(X_TK, X_TK).matrix())
+    assert Hessian(24, X_TK.device, exact).corrected(W_NK, DAMP) is W_NK
+    torch.testing.assert_close(plain.matrix(), same.matrix())
 
 
-def test_a_linear_distortion_is_undone() -> None:
+@EXACT
+def test_a_linear_distortion_is_undone(exact: str) -> None:
     """X' = X A is made up for by W A^-1, as far as tokens tell it from chance; damping leaves a part."""
     W_NK, A_KK = (
         weights(6, 24, 0),
@@ -350,23 +356,38 @@ def test_a_linear_distortion_is_undone() -> None:
     left = {}
     for tokens in (12, 48, 24_000):
         X_TK = inputs(24, 0, tokens)
-        found_NK = drifting(X_TK @ A_KK, X_TK).corrected(W_NK, 1e-6)
         target_TN = X_TK @ W_NK.T
-        off_TN, before_TN = (X_TK @ A_KK @ Q_NK.T - target_TN for Q_NK in (found_NK, W_NK))
+        found = drifting(X_TK @ A_KK, X_TK if exact == "inputs" else target_TN, exact)
+        off_TN, before_TN = (X_TK @ A_KK @ Q_NK.T - target_TN for Q_NK in (found.corrected(W_NK, 1e-6), W_NK))
         left[tokens] = float(off_TN.norm() / before_TN.norm())
     assert left[12] == 1 and left[48] == pytest.approx(0.5, abs=0.01) and left[24_000] < 0.01
-    found_NK = drifting(X_TK @ A_KK, X_TK).corrected(W_NK, DAMP)
+    found_NK = found.corrected(W_NK, DAMP)
     assert 0.01 < (X_TK @ A_KK @ found_NK.T - target_TN).norm() / before_TN.norm() < 0.5
 
 
-def test_dead_channels_are_not_corrected() -> None:
+@EXACT
+def test_dead_channels_are_not_corrected(exact: str) -> None:
     W_NK, X_TK, dead = weights(6, 24, 0), inputs(24, 0), torch.tensor([0, 5, 23])
     X_TK[:, dead] = 0
-    exact_TK = 1.1 * X_TK
-    found_NK = drifting(X_TK, exact_TK).corrected(W_NK, DAMP)
+    exact_TM = 1.1 * X_TK if exact == "inputs" else 1.1 * X_TK @ W_NK.T
+    found_NK = drifting(X_TK, exact_TM, exact).corrected(W_NK, DAMP)
     assert torch.equal(found_NK[:, dead], W_NK[:, dead]) and not torch.equal(found_NK, W_NK)
     nothing = torch.zeros_like(X_TK)
-    assert torch.equal(drifting(nothing, nothing).corrected(W_NK, DAMP), W_NK)
+    unseen = drifting(nothing, nothing if exact == "inputs" else nothing @ W_NK.T, exact)
+    assert torch.equal(unseen.corrected(W_NK, DAMP), W_NK)
+
+
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1300])
+def test_panels_change_nothing(k: int) -> None:
+    """Hessians are summed and triangles inverted in panels of 512; both are what the whole would be."""
+    X_TK = inputs(k, k, 2 * k)
+    found = Hessian(k, X_TK.device)
+    found.add(X_TK)
+    torch.testing.assert_close(found.matrix(), X_TK.T @ X_TK / k)
+    U_KK, damp = inverse_factor(found.matrix(), "w", DAMP)
+    damped_KK = found.matrix().double() + damp * found.matrix().diagonal().mean() * torch.eye(k)
+    assert torch.equal(U_KK, U_KK.triu())
+    torch.testing.assert_close(U_KK.double().T @ U_KK.double() @ damped_KK, torch.eye(k).double(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])

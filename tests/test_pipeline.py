@@ -63,6 +63,47 @@ def test_blockwise_is_the_model(model_type: str, changes: dict[str, Any], dtype:
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
+def test_known_inputs_are_not_computed_again(model_type: str, tmp_path: Path) -> None:
+    """With the inputs of o, and of down where an MLP is no mixture, the block gives what it gave, bit for bit."""
+    checkpoint = Checkpoint.open(random_model(tmp_path / "m", model_type))
+    arch = checkpoint.arch
+    model = BlockwiseModel(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
+    hidden_SLH = model.embed(token_ids(96, shape=(6, 11)), checkpoint.read)
+    model.load(0, checkpoint.read(checkpoint.names_in_block(0)))
+    rows = [arch.attention.row, *([] if arch.mlp.experts else [arch.mlp.row])]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in (*rows, arch.attention.column[0])}
+    expected = model.run(0, hidden_SLH, {name: parts.append for name, parts in seen.items()})
+    assert [len(part) for part in seen[rows[0]]] == [4, 2]
+    known = {name: torch.cat(seen[name]) for name in rows}
+    for names in (rows[:1], rows[1:], rows):
+        again: list[torch.Tensor] = []
+        found = model.run(
+            0, hidden_SLH, {arch.attention.column[0]: again.append}, known={name: known[name] for name in names}
+        )
+        assert torch.equal(found, expected)
+        assert bool(again) == (arch.attention.row not in names)
+    assert torch.equal(model.run(0, 2 * hidden_SLH), model.run(0, 2 * hidden_SLH)), "nothing stays known"
+    assert not torch.equal(model.run(0, 2 * hidden_SLH), expected)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_fast_blocks_are_close(model_type: str, tmp_path: Path) -> None:
+    """Products in bfloat16, where the CPU has them: hidden states stay float32 and near what they were."""
+    checkpoint = Checkpoint.open(random_model(tmp_path / "m", model_type, **ALL_EXPERTS))
+    states = []
+    for fast in (False, True):
+        model = BlockwiseModel(checkpoint, checkpoint.sizes, {}, torch.device("cpu"), fast)
+        hidden_SLH = model.embed(token_ids(96, shape=(3, 11)), checkpoint.read)
+        for layer in range(checkpoint.sizes.layers):
+            model.load(layer, checkpoint.read(checkpoint.names_in_block(layer)))
+            hidden_SLH = model.run(layer, hidden_SLH)
+        states.append(hidden_SLH)
+    exact, near = states
+    assert near.dtype == torch.float32
+    assert (near - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
 @pytest.mark.parametrize(
     "spec",
     [SPEC, QuantSpec(8, 32, sym=False), QuantSpec(2, 16, desc_act=True, static_groups=True), QuantSpec(3, -1)],

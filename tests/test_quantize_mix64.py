@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from bitshard.blockwise import BlockwiseModel
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
 from bitshard.integrations.transformers import load
@@ -100,7 +101,8 @@ def test_the_order_alone_changes_no_output(model_type: str, tmp_path: Path) -> N
     """Every tensor as the job reads it, in the order that quantizing chooses, makes the same model."""
     source = uneven_model(tmp_path / "m", model_type, dtype=torch.float32, **SIZES[model_type])
     for mixed in (True, False):
-        order, _ = choose_order(source, token_ids(96), "hessian", mixed, CPU, silent)
+        model = BlockwiseModel(source, source.sizes, {}, CPU)
+        order, _ = choose_order(model, token_ids(96), "hessian", mixed, silent)
         assert not is_identity(order.hidden_H) and not any(map(is_identity, order.intermediate.values()))
         job = _Job(source, MixSpec(), MixRecipe(), order=order)
         tensors = job.read_outside(source.names_outside_blocks())

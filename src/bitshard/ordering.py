@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from bitshard.blockwise import BlockwiseModel
-from bitshard.checkpoint import Checkpoint
 from bitshard.models import mlp_paths
 from bitshard.progress import Progress
 from bitshard.reorder import ModelOrder, deal, deal_within, kv_group_order
@@ -17,17 +16,16 @@ from bitshard.spec import BLOCK
 
 
 def choose_order(
-    checkpoint: Checkpoint, tokens_SL: torch.Tensor, ranking: str, mixed: bool, device: torch.device, progress: Progress
+    model: BlockwiseModel, tokens_SL: torch.Tensor, ranking: str, mixed: bool, progress: Progress
 ) -> tuple[ModelOrder, dict[str, torch.Tensor]]:
-    """Run the 16-bit model over some segments and choose every free permutation (docs/design.md, Orders).
+    """Run a 16-bit model, at its own sizes, over some segments; choose every free permutation (docs/design.md, Orders).
 
     Returns it, and how active the input channels of every matrix are, float32 [K] by full name, in the file's order.
 
     ranking: "hessian", or "range" to leave the activations out. mixed: deal to blocks of 64, each with its share of
     sensitive channels; else sort, so that groups of one width hold channels of like sensitivity.
     """
-    arch, sizes = checkpoint.arch, checkpoint.sizes
-    model = BlockwiseModel(checkpoint, sizes, {}, device)
+    checkpoint, arch, sizes = model.checkpoint, model.arch, model.checkpoint.sizes
     hidden_SLH = model.embed(tokens_SL, checkpoint.read)
     hidden_H = torch.zeros(sizes.hidden, dtype=torch.float64)
     intermediate, values, kv_groups = {}, [], []

@@ -8,51 +8,70 @@ from bitshard.errors import SolverError
 
 DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the diagonal itself
 LEAST_RETRY = 1e-4  # where the first try had no damping at all
+PANEL = 512  # channels of a Hessian that are added to at once, and of a triangle that is inverted as a whole
 
 
 class Hessian:
     """Running sum over activations, fp32 [K, K] on one device. Matrices with the same input share one.
 
-    drift: also sum what the 16-bit model's inputs have over these, so that weights can make up for it.
+    exact: what of the 16-bit model `add` is given beside these inputs, so that weights can make up for what it has over
+    them: its "inputs", or its "outputs" (without a bias), which are fewer for o and down but serve one matrix only.
     """
 
-    def __init__(self, in_features: int, device: torch.device, drift: bool = False) -> None:
+    def __init__(self, in_features: int, device: torch.device, exact: str = "inputs") -> None:
         self._sum_KK = torch.zeros(in_features, in_features, device=device)
-        self._drift_KK = torch.zeros_like(self._sum_KK) if drift else None
+        self._exact = exact
+        self._cross_MK: torch.Tensor | None = None  # of drifts, or of exact outputs, with the inputs
         self.count = 0  # activation rows seen
 
     def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-        """x [..., K], any float dtype; exact: the same inputs in the 16-bit model."""
+        """x [..., K], any float dtype; exact: the same inputs or their outputs [..., N] in the 16-bit model."""
         x_TK = x.reshape(-1, x.shape[-1]).to(self._sum_KK.dtype)
-        self._sum_KK.addmm_(x_TK.T, x_TK, alpha=2)
+        for start in range(0, x_TK.shape[1], PANEL):  # the lower triangle follows from the upper
+            own_TP = x_TK[:, start : start + PANEL]
+            self._sum_KK[start : start + PANEL, start:].addmm_(own_TP.T, x_TK[:, start:], alpha=2)
         self.count += x_TK.shape[0]
-        if self._drift_KK is not None and exact is not None:
-            self._drift_KK.addmm_((exact.reshape(x_TK.shape) - x_TK).T, x_TK, alpha=2)
+        if exact is not None:
+            exact_TM = exact.reshape(len(x_TK), -1).to(x_TK.dtype)
+            if self._exact == "inputs":
+                exact_TM = exact_TM - x_TK
+            if self._cross_MK is None:
+                self._cross_MK = x_TK.new_zeros(exact_TM.shape[1], x_TK.shape[1])
+            self._cross_MK.addmm_(exact_TM.T, x_TK, alpha=2)
 
     def corrected(self, W_NK: torch.Tensor, damp: float) -> torch.Tensor:
         """The matrix that makes of these inputs what W makes of the 16-bit model's, by damped least squares [N, K].
 
         W X = W' X' is the target of GPTAQ (2504.02692), reached here before rounding instead of inside it. K numbers
         fitted to T tokens explain K / T of what is mere chance, so that much less of the change is made: 2 % less error
-        on other text. Without `drift` it is W itself.
+        on other text. Without `exact` it is W itself.
         """
-        if self._drift_KK is None or self.count == 0:
+        if self._cross_MK is None:
             return W_NK
-        damped_KK = self._sum_KK.clone()
+        W_NK, sum_KK = W_NK.to(self._sum_KK.dtype), self._symmetric()
+        missing_NK = W_NK @ self._cross_MK if self._exact == "inputs" else self._cross_MK - W_NK @ sum_KK
         # a dead channel has no drift either, so any positive number keeps its weights as they are
-        damped_KK.diagonal().add_(damp * damped_KK.diagonal().mean())
-        L_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        sum_KK.diagonal().add_(damp * sum_KK.diagonal().mean())
+        L_KK, failed = torch.linalg.cholesky_ex(sum_KK)
         if int(failed):  # the solve will say so, with more damping and the matrix's name
             return W_NK
-        W_NK = W_NK.to(damped_KK.dtype)
         share = max(0.0, 1 - len(L_KK) / self.count)
-        return W_NK + share * torch.cholesky_solve((W_NK @ self._drift_KK).T, L_KK).T
+        return W_NK + share * torch.cholesky_solve(missing_NK.T, L_KK).T
 
     def matrix(self) -> torch.Tensor:
         """H_KK; the identity when nothing was seen (an expert no token reached), so that the solve rounds plainly."""
         if self.count == 0:
             return torch.eye(self._sum_KK.shape[0], device=self._sum_KK.device)
-        return self._sum_KK / self.count
+        return self._symmetric().div_(self.count)
+
+    def _symmetric(self) -> torch.Tensor:
+        """A copy of the sum with both triangles."""
+        sum_KK = self._sum_KK.triu()
+        for start in range(0, len(sum_KK), PANEL):
+            own = slice(start, start + PANEL)
+            sum_KK[own, own] += sum_KK[own, own].triu(1).T
+            sum_KK[start + PANEL :, own] = sum_KK[own, start + PANEL :].T
+        return sum_KK
 
 
 def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:
@@ -69,8 +88,7 @@ def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Te
         # H = R R^T with R upper triangular is the Cholesky of H read backwards; then H^-1 = R^-T R^-1, so U = R^-1.
         L_KK, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            eye = torch.eye(len(H_KK), dtype=H_KK.dtype, device=H_KK.device)
-            return torch.linalg.solve_triangular(L_KK.flip(0, 1), eye, upper=True), tried
+            return _inverse_of_upper(L_KK.flip(0, 1)), tried
         if tried >= 1:
             raise SolverError(
                 name,
@@ -79,3 +97,17 @@ def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Te
                 "calibrate with more or other text, and check the layer's weights and activations",
             )
         tried = min(max(tried * DAMP_GROWTH, LEAST_RETRY), 1.0)
+
+
+def _inverse_of_upper(R_KK: torch.Tensor) -> torch.Tensor:
+    """By halves: [[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]], half of what solving for I takes."""
+    k, inverse_KK = len(R_KK), torch.zeros_like(R_KK)
+    if k <= PANEL:
+        inverse_KK.fill_diagonal_(1)
+        torch.linalg.solve_triangular(R_KK, inverse_KK, upper=True, out=inverse_KK)
+        return inverse_KK
+    half = k // 2
+    A, D = _inverse_of_upper(R_KK[:half, :half]), _inverse_of_upper(R_KK[half:, half:])
+    inverse_KK[:half, :half], inverse_KK[half:, half:] = A, D
+    inverse_KK[:half, half:] = -(A @ R_KK[:half, half:] @ D)
+    return inverse_KK

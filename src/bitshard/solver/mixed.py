@@ -108,7 +108,8 @@ class _Matrix:
         return cls(spec, recipe, W, H, outlier_NK, row_scales_N, row_zeros_N, order_S)
 
     def share_4bit(self) -> float:
-        return share_of_wide_strips(self.W_NK, self.H_KK.diagonal(), self.spec)
+        rows = slice(None, None, ceil(len(self.W_NK) / SAMPLE_ROWS))
+        return share_of_wide_strips(self.W_NK[rows], self.H_KK.diagonal(), self.spec)
 
     def sample(self) -> _Matrix:
         """Some rows and some blocks, enough to tell one visiting order from another."""
@@ -171,19 +172,26 @@ class _Matrix:
         damped_KK = self.H_KK.clone()
         damped_KK.diagonal().add_(damp * self.H_KK.diagonal().mean())
         gradient_NK = (self.W_NK - state.Q_NK) @ damped_KK
-        for order in visit_K.view(-1, STRIP):
-            H_RR, Q_NR = damped_KK[order][:, order], state.Q_NK[:, order]
-            strip = int(order[0]) // STRIP
-            off_NR = torch.linalg.solve(H_RR, gradient_NK[:, order].T).T  # where the optimum lies, the others fixed
-            U_RR, _ = inverse_factor(H_RR, name, 0.0)
-            rounded = self._search(state, strip, Q_NR + off_NR, U_RR, self.outlier_NK[:, order], neighbours=True)
-            before_N = ((off_NR @ H_RR) * off_NR).sum(1)
-            better_N = rounded.loss_N < before_N * (1 - 1e-6)
-            new_NR = torch.where(better_N[:, None], rounded.Q_NR, Q_NR)
-            gradient_NK -= (new_NR - Q_NR) @ damped_KK[order]
-            state.Q_NK[:, order] = new_NR
-            state.codes_NS[better_N, strip] = rounded.codes_N[better_N]
-            state.zeros_NS[better_N, strip] = rounded.zeros_N[better_N]
+        for order_SR in torch.split(visit_K.view(-1, STRIP), LAZY):
+            visited_L = order_SR.flatten()
+            H_LL, gradient_NL = damped_KK[visited_L][:, visited_L], gradient_NK[:, visited_L]
+            Q_NL, outlier_NL = state.Q_NK[:, visited_L], self.outlier_NK[:, visited_L]
+            change_NL = torch.zeros_like(Q_NL)
+            for i, strip in enumerate((order_SR[:, 0] // STRIP).tolist()):
+                own = slice(i * STRIP, (i + 1) * STRIP)
+                H_RR, Q_NR = H_LL[own, own], Q_NL[:, own]
+                U_RR, _ = inverse_factor(H_RR, name, 0.0)
+                off_NR = gradient_NL[:, own] @ U_RR.T @ U_RR  # where the optimum lies, the others fixed
+                rounded = self._search(state, strip, Q_NR + off_NR, U_RR, outlier_NL[:, own], neighbours=True)
+                before_N = ((off_NR @ H_RR) * off_NR).sum(1)
+                better_N = rounded.loss_N < before_N * (1 - 1e-6)
+                change_NL[:, own] = (rounded.Q_NR - Q_NR).mul_(better_N[:, None])
+                gradient_NL.addmm_(change_NL[:, own], H_LL[own], alpha=-1)
+                Q_NL[:, own] = torch.where(better_N[:, None], rounded.Q_NR, Q_NR)
+                state.codes_NS[better_N, strip] = rounded.codes_N[better_N]
+                state.zeros_NS[better_N, strip] = rounded.zeros_N[better_N]
+            gradient_NK.addmm_(change_NL, damped_KK[visited_L], alpha=-1)
+            state.Q_NK[:, visited_L] = Q_NL
 
     def result(self, state: _State, in_features: int) -> MixedWeight:
         """The codes behind the dequantized values."""
