@@ -1,4 +1,4 @@
-"""Print the accuracy tables in Markdown from the rows in benchmarks/results/accuracy.
+"""Print the accuracy tables in Markdown from the rows in benchmarks/results/accuracy, ablations apart.
 
 python benchmarks/accuracy/table.py [MODEL ...]
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+ABLATION = "ours-2.9-"  # how the names of rows begin in which one thing differs from `ours-2.9`
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -41,7 +42,11 @@ def main() -> None:
         row = json.loads(path.read_text())
         by_model.setdefault(row["model"], []).append(row)
     for model in sys.argv[1:] or by_model:
-        print(f"### {model}\n\n{table(by_model[model])}\n")
+        rows = by_model[model]
+        ablation = [row for row in rows if row["row"].startswith(ABLATION)]
+        print(f"### {model}\n\n{table([row for row in rows if row not in ablation])}\n")
+        if ablation:
+            print(f"One thing switched at a time\n\n{table(ablation)}\n")
 
 
 if __name__ == "__main__":

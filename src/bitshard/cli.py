@@ -455,19 +455,20 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, demo.json and demo.png.")] = Path("build/demo"),
     as_json: Json = False,
 ) -> None:
-    """The whole way once: quantize with act_order, convert, verify, then one prompt on 1 rank and on several."""
+    """The whole way once: quantize to mix64 and to GPTQ, convert that, verify; one prompt on 1 rank and on several."""
     from bitshard.demo import demo as run
-    from bitshard.demo import run_label
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
     names = ("run", "tok/s", "AllReduce", "AllGather", "bytes", "weights")
-    table = _columns(f"{report.model}; collectives per token, weights per rank", *names, left=["run"])
-    for one in report.runs:
+    title = f"{report.model}; collectives per token, weights per rank"
+    table = _columns(title, *names, left=["run"])
+    for name, one in report.runs.items():
         calls = [str(one.traffic.calls.get(name, 0)) for name in ("AllReduce", "AllGather")]
         sizes = _size(one.traffic.total_bytes), _size(one.weight_bytes_per_rank)
-        table.add_row(run_label(one).replace("\n", ", "), f"{one.tokens_per_second:.2f}", *calls, *sizes)
-    answer = "all runs gave the same answer" if report.texts_agree else "the runs' answers differ: rounding took over"
-    texts = [f"{run_label(one)}: {one.text}".replace("\n", " ") for one in (report.runs[0], report.runs[-1])]
+        table.add_row(name, f"{one.tokens_per_second:.2f}", *calls, *sizes)
+    same = "each checkpoint gave the same answer on 1 rank and on several"
+    answer = same if report.texts_agree else "answers on 1 rank and on several differ: rounding took over"
+    texts = [f"{name}: {one.text}".replace("\n", " ") for name, one in report.runs.items() if one.tp_size == 1]
     _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")
 
 
