@@ -121,7 +121,7 @@ class BlockwiseModel:
         """
         with self._watching(layer, watch or {}, watch_outputs or {}), self._replaying(layer, known or {}):
             return torch.cat(
-                [self._run_some(layer, hidden_BLH).cpu() for hidden_BLH in torch.split(hidden_SLH, AT_ONCE)]
+                [self.run_some(layer, hidden_BLH).cpu() for hidden_BLH in torch.split(hidden_SLH, AT_ONCE)]
             )
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class BlockwiseModel:
         with self._watching(layer, watch, {}), self._replaying(layer, known):
             for hidden_BLH in torch.split(hidden_SLH, AT_ONCE):
                 with suppress(_Stop):
-                    self._run_some(layer, hidden_BLH)
+                    self.run_some(layer, hidden_BLH)
 
     @contextmanager
     def _watching(self, layer: int, inputs: Mapping[str, Watcher], outputs: Mapping[str, Watcher]) -> Iterator[None]:
@@ -183,7 +183,8 @@ class BlockwiseModel:
             for module in around.values():
                 del module.forward
 
-    def _run_some(self, layer: int, hidden_BLH: torch.Tensor) -> torch.Tensor:
+    def run_some(self, layer: int, hidden_BLH: torch.Tensor) -> torch.Tensor:
+        """Some segments' outputs on the device, which gradients go through."""
         args, kwargs = self._arguments[layer]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             out: torch.Tensor = self._blocks[layer](hidden_BLH.to(self.device), *args, **kwargs)

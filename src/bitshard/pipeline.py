@@ -20,6 +20,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,19 @@ from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.errors import CheckpointError, FormatError, SpecError
 from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
+from bitshard.mixed import MixedWeight
 from bitshard.models import Architecture, Shapes, mlp_paths
 from bitshard.ordering import choose_order
 from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
+from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import ModelOrder
 from bitshard.solver.allocate import relative_errors, spend
 from bitshard.solver.gptq import DAMP, SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
+from bitshard.solver.tune import judges, tune
 from bitshard.sources import calibration_text, resolve
 from bitshard.spec import (
     BLOCK,
@@ -72,7 +76,7 @@ ORDERS = ("hidden_H", "values_LJD", "kv_groups_LJ")  # of ModelOrder; `intermedi
 
 # hidden: what the next block reads, float32 [S, L, H]; exact: the same in the 16-bit model, with `correct`. solved: a
 # row for each matrix so far, in the plan's order: relative error, damping, dead channels, 1 if no token reached it,
-# share of the error in 4-bit strips, bytes.
+# share of the error in 4-bit strips, bytes. tuned: a row for each tuned block: the errors of Tuned.
 State = dict[str, torch.Tensor]
 
 
@@ -102,7 +106,8 @@ class QuantizeReport:
     """What was done. average_bits: of the quantized matrices, counted from the bytes of all their tensors.
 
     unseen: experts' matrices that no calibration token reached, rounded without feedback. filled: matrices whose input
-    channels were filled up with zeros to whole blocks of 64, and how many were added.
+    channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block that was
+    tuned, the error of its outputs on held-out segments before and after; matrices' errors are those before.
     """
 
     out: str
@@ -111,6 +116,7 @@ class QuantizeReport:
     unseen: Sequence[str]
     padded: Mapping[str, int]
     filled: Mapping[str, int]
+    tuned: Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class _Job:
     checkpoint: Checkpoint
     spec: QuantSpec | MixSpec
     recipe: MixRecipe
+    samples: int  # segments that are learned from; those after them judge what tuning gained
     padding: Padding | None = None
     order: ModelOrder | None = None
     specs: Mapping[str, MixSpec] = field(default_factory=dict)  # of the matrices that differ from `spec`, by full name
@@ -185,9 +192,9 @@ def quantize(
     """
     calibration = calibration or Calibration()
     recipe = recipe or _usual_recipe(spec)
-    job = _prepare(resolve(str(model)), spec, recipe, max_tp)
+    job = _prepare(resolve(str(model)), spec, recipe, calibration.samples, max_tp)
     text = calibration_text(calibration.path)
-    tokens_SL = _segments(job.checkpoint, text, calibration)
+    tokens_SL = _segments(job.checkpoint, text, calibration, judges(job.samples) if recipe.tune else 0)
     provenance = {
         "source": _source_name(model),
         "quantizer": f"bitshard {__version__}",
@@ -224,20 +231,20 @@ def quantize(
         state = _quantize_block(job, models, writer, layer, state)
     section = {"version": FORMAT_VERSION, "layout": job.layout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
-    report = _report(job, out, state["solved"])
+    report = _report(job, out, state["solved"], state["tuned"])
     facts = {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
     writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), facts)
     return report
 
 
-def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, max_tp: int | None) -> _Job:
+def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, samples: int, max_tp: int | None = None) -> _Job:
     checkpoint = Checkpoint.open(path)
     if checkpoint.quantization is not None:
         raise FormatError(
             str(path), "a quantized checkpoint", "a 16-bit model", "start from the model it was made from"
         )
-    job = _Job(checkpoint, spec, recipe)
+    job = _Job(checkpoint, spec, recipe, samples)
     checkpoint.plan()  # refuses a matrix that is missing or has other sizes than config.json gives it
     if max_tp is not None:
         job = replace(job, padding=padding_for(job.plan, max_tp))
@@ -268,9 +275,9 @@ def _check_gptq(job: _Job, spec: QuantSpec) -> None:
                 raise SpecError(name, f"{size} {what} channels", f"whole {unit_name}, of {unit}", fix)
 
 
-def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration) -> torch.Tensor:
-    """Token ids [S, L] of the chosen segments."""
-    samples, length = calibration.samples, calibration.length
+def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more: int = 0) -> torch.Tensor:
+    """Token ids [S, L] of the chosen segments, and of `more`."""
+    samples, length = calibration.samples + more, calibration.length
     limit = checkpoint.config.get("max_position_embeddings", checkpoint.config.get("n_positions", length))
     if length > limit:
         raise SpecError("calibration", f"segments of {length} tokens", f"{limit}, the model's longest", "ask for less")
@@ -374,8 +381,8 @@ def _resume(job: _Job, models: Sequence[BlockwiseModel], tokens_SL: torch.Tensor
     if done:
         # cloned: where a mapped tensor lies, and so the last bit of a product, differs from the uninterrupted run's
         return done, {name: tensor.clone() for name, tensor in load_file(writer.partial / _state(done)).items()}
-    state = {"hidden": hidden_SLH, "solved": torch.empty(0, 6, dtype=torch.float64)}
-    return 0, state | ({"exact": exact[0]} if exact else {})
+    facts = {"solved": torch.empty(0, 6, dtype=torch.float64), "tuned": torch.empty(0, 2, dtype=torch.float64)}
+    return 0, {"hidden": hidden_SLH, **facts} | ({"exact": exact[0]} if exact else {})
 
 
 def _shard(layer: int) -> str:
@@ -413,20 +420,29 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
         models[1].load(layer, tensors)
         exact, after["exact"] = _run_exact(models[1], layer, state["exact"])
         models[1].unload(layer)
-    known: dict[str, torch.Tensor] = {}
+    learned_SLH, known = state["hidden"][: job.samples], dict[str, torch.Tensor]()
+    weights, originals = dict[str, QuantizedWeight | MixedWeight](), {}
     for stage in _stages(arch, job.sizes):
-        hessians = _hessians(model, layer, state["hidden"], [names[0] for names in stage], exact, known)
+        hessians = _hessians(model, layer, learned_SLH, [names[0] for names in stage], exact, known)
         for names, hessian in zip(stage, hessians, strict=True):
             for name in names:
                 full, linear = f"{arch.blocks}.{layer}.{name}", model.linear(layer, name)
-                packed, dequantized, report = _solve(job, linear.weight, hessian, full)
+                weights[name], dequantized, report = _solve(job, linear.weight, hessian, full)
                 linear.weight.copy_(dequantized)
-                del tensors[f"{full}.weight"]
-                tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
-                size = sum(tensor.nbytes for tensor in packed.values())
-                rows[full] = [
-                    report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit, size
-                ]  # fmt: skip
+                originals[name] = tensors.pop(f"{full}.weight")
+                rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit]
+    if job.recipe.tune:
+        parameters = {name: model.linear(layer, name).weight for name in weights}
+        mixed = {name: weight for name, weight in weights.items() if isinstance(weight, MixedWeight)}
+        run, targets_SLH = partial(model.run_some, layer), after["exact"]
+        tuned = tune(mixed, originals, parameters, run, state["hidden"], targets_SLH, job.samples, job.recipe.tune)
+        weights |= tuned.weights
+        known = {}  # down's inputs are others now
+        after["tuned"] = torch.cat([state["tuned"], torch.tensor([[tuned.before, tuned.after]], dtype=torch.float64)])
+    for name, weight in weights.items():
+        full, packed = f"{arch.blocks}.{layer}.{name}", _pack(weight)
+        tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+        rows[full].append(sum(tensor.nbytes for tensor in packed.values()))
     after["hidden"] = model.run(layer, state["hidden"], known=known)
     model.unload(layer)
     solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
@@ -482,7 +498,8 @@ def _hessians(
         others = iter(exact.pop(name, ()))
 
         def see(x: torch.Tensor) -> None:
-            hessian.add(x, next(others, None))
+            other = next(others, None)
+            hessian.add(x, None if other is None else other[: len(x)])  # the last ones may have more segments
             if name in seen:
                 seen[name].append(x)
 
@@ -499,17 +516,21 @@ def _hessians(
 
 def _solve(
     job: _Job, W_NK: torch.Tensor, hessian: Hessian, name: str
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, SolveReport]:
-    """One matrix: its packed tensors, what they dequantize to [N, K], and how it went."""
+) -> tuple[QuantizedWeight | MixedWeight, torch.Tensor, SolveReport]:
+    """One matrix: its logical value, what that dequantizes to [N, K], and how it went."""
     W_NK, H_KK = hessian.corrected(W_NK, DAMP), hessian.matrix()
     if isinstance(job.spec, MixSpec):
         mixed, report = solve_mixed(W_NK, H_KK, job.specs.get(name, job.spec), job.recipe, name)
-        return Mix64Layout().pack(mixed), mixed.dequantize(), report
+        return mixed, mixed.dequantize(), report
     weight, report = gptq(W_NK, H_KK, job.spec, name)
-    return _gptq_layout(job.spec).pack(weight), weight.dequantize().T, report
+    return weight, weight.dequantize().T, report
 
 
-def _report(job: _Job, out: Path, solved: torch.Tensor) -> QuantizeReport:
+def _pack(weight: QuantizedWeight | MixedWeight) -> dict[str, torch.Tensor]:
+    return Mix64Layout().pack(weight) if isinstance(weight, MixedWeight) else _gptq_layout(weight.spec).pack(weight)
+
+
+def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> QuantizeReport:
     linears = [pair for layer in range(job.sizes.layers) for pair in replace(job.plan, sizes=job.sizes).linears(layer)]
     rows = list(zip((name for name, _ in linears), solved.tolist(), strict=True))
     grown = job.padding is not None and job.sizes != job.checkpoint.sizes
@@ -523,6 +544,7 @@ def _report(job: _Job, out: Path, solved: torch.Tensor) -> QuantizeReport:
         unseen=[name for name, (_, _, _, unseen, _, _) in rows if unseen],
         padded=vars(job.padding) if grown else {},
         filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
+        tuned=[(before, after) for before, after in tuned.tolist()],
     )
 
 

@@ -141,6 +141,11 @@ class MixSpec:
         return 256 if self.metadata == "paper" else 64
 
     @property
+    def scale_tops(self) -> tuple[int, int, int, int]:
+        """Highest scale code of each strip of a block: 2311.16442 clips two to 3 bits, and a 4-bit strip has none."""
+        return (0, 7, 7, 15) if self.metadata == "paper" else (15, 15, 15, 15)
+
+    @property
     def extra_words(self) -> int:
         """32-bit words of a row's block beyond the four of the main array."""
         return (sum(self.widths) - 8) // 2
@@ -197,7 +202,8 @@ class MixRecipe:
     error or by "minmax". outliers: share of weights kept in 16 bits. correct: aim at the 16-bit model's outputs from
     inputs that the blocks before have changed (2504.02692), not at each matrix's own. average_bits: each matrix gets
     the fraction of 4-bit strips that lowers the model's errors most, within so many bits for everything; the zeros that
-    fill up its last block count as weights.
+    fill up its last block count as weights. tune: steps of tuning all codes of a block together, against the outputs of
+    the 16-bit block; 0 for none.
     """
 
     order: str = "model"
@@ -206,6 +212,7 @@ class MixRecipe:
     outliers: float = 0.0
     correct: bool = True
     average_bits: float | None = None
+    tune: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -224,6 +231,12 @@ class MixRecipe:
             )
         if self.average_bits is not None and not 0 < self.average_bits <= 16:
             raise SpecError("average_bits", repr(self.average_bits), "more than 0 and at most 16", "for example 2.91")
+        if type(self.tune) is not int or self.tune < 0:
+            raise SpecError("tune", repr(self.tune), "a number of steps, 0 or more", "for example 100")
+        if self.tune and not self.correct:
+            raise SpecError(
+                "tune", f"{self.tune} without correct", "tuning towards the 16-bit model's outputs", "leave one out"
+            )
 
     def check(self, spec: QuantSpec | MixSpec) -> None:
         """Raise SpecError for what this format cannot hold."""
@@ -239,6 +252,8 @@ class MixRecipe:
                 "a fraction of 4-bit strips that is chosen for each matrix, metadata fine",
                 "leave average_bits out, or bits, fraction_4bit and metadata",
             )  # fmt: skip
+        if self.tune and not isinstance(spec, MixSpec):
+            raise SpecError("tune", f"{self.tune} with {what}", "tuning in format mix64 only", "leave it out")
 
 
 MIX_RECIPE = MixRecipe(average_bits=2.91)  # what MixSpec() is filled by when nothing else is asked for
@@ -277,7 +292,7 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         spec, start = QuantSpec(), GPTQ_RECIPE
     names = {field.name for field in (*fields(spec), *fields(start))}
     if format == "gptq":
-        names -= {"ranking", "ranges", "outliers", "average_bits"}
+        names -= {"ranking", "ranges", "outliers", "average_bits", "tune"}
     for name in given:
         if name not in names:
             raise SpecError(name, repr(given[name]), f"the options of format {format}", "leave it out")

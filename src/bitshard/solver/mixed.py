@@ -235,16 +235,12 @@ class _Matrix:
         steps_N, offsets_N = (
             p[:, strip, None].repeat_interleave(self.spec.tile, dim=0)[:n] for p in (state.steps_TS, state.offsets_TS)
         )
-        codes_C = torch.arange(self._scale_codes(strip), device=steps_N.device)
+        codes_C = torch.arange(self.spec.scale_tops[strip % 4] + 1, device=steps_N.device)
         return (steps_N * codes_C + offsets_N).to(torch.float16).float()
-
-    def _scale_codes(self, strip: int) -> int:
-        """How many scales a strip can choose from; the paper clips two codes of three to 3 bits."""
-        return 8 if self.spec.metadata == "paper" and strip % 4 in (1, 2) else 16
 
     def _fit_second_order(self, state: _State, strip: int, scales_N: torch.Tensor) -> None:
         """Step and offset of each tile, so that its rows' codes reach from their smallest scale to their largest."""
-        tiles, top = self.spec.tiles(len(scales_N)), self._scale_codes(strip) - 1
+        tiles, top = self.spec.tiles(len(scales_N)), self.spec.scale_tops[strip % 4]
         filled = scales_N.new_empty(tiles * self.spec.tile).fill_(scales_N[-1])
         filled[: len(scales_N)] = scales_N
         low_T, high_T = filled.view(tiles, -1).aminmax(dim=1)
