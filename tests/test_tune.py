@@ -130,8 +130,9 @@ def test_the_gradient_is_that_of_the_dequantized_weights(spec: MixSpec, ordered:
     assert bool((scales_NSR > 0).all())
 
 
-def test_what_is_worse_on_held_out_text_is_not_kept() -> None:
+def test_what_is_worse_on_held_out_text_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The segments that teach are about another block altogether."""
+    monkeypatch.setattr("bitshard.solver.tune.CODE_RATE", 0.02)
     block = Block(MixSpec(), MixRecipe())
     block.targets[: block.teachers].mul_(-1)
     tuned = block.tune(40)
@@ -228,7 +229,7 @@ def test_gptq_does_not_see_what_is_held_out(text: Path, tmp_path: Path, monkeypa
 
 
 def test_a_trained_model_gains_on_stories_it_was_not_tuned_on(stories: Path, tmp_path: Path) -> None:
-    """stories260K; measured: blocks' errors fall by 7 to 27 %, perplexity from 6.29 to 5.25, 3.37 in float32."""
+    """stories260K; measured: blocks' errors fall by 6 to 25 %, perplexity from 6.29 to 5.29, 3.37 in float32."""
     torch.manual_seed(0)
     exact = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     start = torch.ones(120, 1, dtype=torch.long)

@@ -132,7 +132,9 @@ def quantize(
     correct: Annotated[
         bool | None, typer.Option("--correct/--no-correct", help="Make up for earlier blocks. [mix64: yes, gptq: no]")
     ] = None,
-    tune: Annotated[int | None, typer.Option(help="mix64: steps of tuning all codes of a block. [0]")] = None,
+    tune: Annotated[
+        int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples. [0]")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
     desc_act: Annotated[bool | None, typer.Option("--desc-act", help="gptq: group by falling sensitivity.")] = None,
     static_groups: Annotated[bool | None, typer.Option("--static-groups", help="gptq: fix groups first.")] = None,

@@ -145,7 +145,9 @@ def alive(W_NK: torch.Tensor, H_KK: torch.Tensor) -> tuple[torch.Tensor, torch.T
     diagonal_K = H_KK.diagonal()
     dead_K = diagonal_K == 0
     filler = diagonal_K[~dead_K].mean() if not bool(dead_K.all()) else 1.0
-    return W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0), H_KK + torch.diag(dead_K * filler)
+    alive_KK = H_KK.clone()
+    alive_KK.diagonal().add_(dead_K * filler)
+    return W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0), alive_KK
 
 
 def check_finite(W_NK: torch.Tensor, H_KK: torch.Tensor, name: str) -> None:

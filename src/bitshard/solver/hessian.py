@@ -1,4 +1,4 @@
-"""What inputs say about weights: H = 2/n * sum of x x^T (2210.17323 section 2), and the factor of its inverse."""
+"""What inputs say about weights: H = 2/n * sum of x x^T (2210.17323 section 2), and its factors."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Hessian:
         return sum_KK
 
 
-def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:
-    """(U_KK upper triangular with H^-1 = U^T U, the damping used), the Cholesky form of 2210.17323 section 3.3.
+def factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:
+    """(R_KK upper triangular with H = R R^T, the damping used).
 
     `damp` times the mean of the diagonal is added to it; when the factorization fails, ten times more, up to once the
     mean. Raises SolverError with the matrix's name when that fails too: a silent rounding would hide a broken model.
@@ -83,12 +83,11 @@ def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Te
     mean = H_KK.diagonal().mean()
     tried = damp
     while True:
-        damped = H_KK.clone()
-        damped.diagonal().add_(tried * mean)
-        # H = R R^T with R upper triangular is the Cholesky of H read backwards; then H^-1 = R^-T R^-1, so U = R^-1.
-        L_KK, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped_KK = H_KK.flip(0, 1)
+        damped_KK.diagonal().add_(tried * mean)
+        L_KK, failed = torch.linalg.cholesky_ex(damped_KK)
         if not int(failed):
-            return _inverse_of_upper(L_KK.flip(0, 1)), tried
+            return L_KK.flip(0, 1), tried  # the Cholesky factor of H read backwards
         if tried >= 1:
             raise SolverError(
                 name,
@@ -97,6 +96,12 @@ def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Te
                 "calibrate with more or other text, and check the layer's weights and activations",
             )
         tried = min(max(tried * DAMP_GROWTH, LEAST_RETRY), 1.0)
+
+
+def inverse_factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:
+    """(U_KK upper triangular with H^-1 = U^T U, the damping used), the form of 2210.17323 section 3.3: U = R^-1."""
+    R_KK, used = factor(H_KK, name, damp)
+    return _inverse_of_upper(R_KK), used
 
 
 def _inverse_of_upper(R_KK: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 Two things differ from plain GPTQ (solver.gptq). Strips are visited with the wide ones last, because a 4-bit channel
 takes up the errors of 2-bit ones far better than the other way round: 12 % less error on SmolLM2. And a strip's scale
-and zero codes are searched for by the loss that error feedback will really leave: with H^-1 = U^T U it is the sum of
-((w - q) / U_jj)^2 over the channels as they are visited, so rounding a strip once for each candidate compares them.
+and zero codes are searched for by the loss that error feedback will really leave: with H = R R^T, R upper triangular,
+it is |(W - Q) R|^2, of which each channel visited settles its part, so rounding a strip once for each candidate
+compares them. R and the errors so far also say what a strip is to be rounded to; the inverse of H, by which GPTQ passes
+errors on, is not needed.
 
 Shape legend: N output channels, K input channels (whole blocks of 64), S strips, R = 16 channels of one strip, T tiles
 of output channels with common second-order scales, C scale codes.
@@ -15,16 +17,18 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
+from torch.nn.functional import pad
 
 from bitshard.errors import SolverError
 from bitshard.mixed import MixedWeight, Outliers, strip_widths
 from bitshard.solver.allocate import choose_outliers, choose_strips, fit_ranges, share_of_wide_strips, strip_importance
 from bitshard.solver.gptq import DAMP, SMALLEST_SCALE, SolveReport, alive, check_finite
-from bitshard.solver.hessian import inverse_factor
+from bitshard.solver.hessian import factor
 from bitshard.spec import BLOCK, STRIP, MixRecipe, MixSpec, zero_base
 
 LAZY = 8  # strips whose feedback reaches the rest at once: 128 channels, as in solver.gptq
 SAMPLE_ROWS, SAMPLE_BLOCKS = 256, 16  # that a visiting order is chosen by
+CLEARLY = 0.9  # of the loss that min-max leaves: with less, the search is taken for the better one
 PASSES = 1  # over all strips once everything is rounded; a second one lowers the loss by another 1 %
 
 
@@ -35,24 +39,28 @@ def solve_mixed(
     """Quantize one matrix [N, K], any float dtype, with the Hessian of its inputs, float32, on the same device.
 
     What leaves the least output error is kept of what is tried: two visiting orders, on a sample; min-max and searched
-    ranges; every strip rounded once more. So none of these can hurt. Raises SolverError for values that are not finite,
-    scales beyond fp16 or a Hessian that cannot be factored.
+    ranges, on a sample where that is clear; every strip rounded once more. So none of these can hurt. Raises
+    SolverError for values that are not finite, scales beyond fp16 or a Hessian that cannot be factored.
     """
     check_finite(W_NK, H_KK, name)
     matrix = _Matrix.of(W_NK, H_KK, spec, recipe)
     sample = matrix.sample()
-    falling = min((True, False), key=lambda falling: sample.solve(*sample.visit(falling, name)[:2], "minmax").loss)
-    visit_K, U_KK, damp = matrix.visit(falling, name)
-    best = matrix.solve(visit_K, U_KK, "minmax")
+    visits = {falling: sample.visit(falling, name)[:2] for falling in (True, False)}
+    losses = {falling: sample.solve(*visit, "minmax").loss for falling, visit in visits.items()}
+    falling = min(losses, key=losses.__getitem__)
+    visit_K, R_KK, damp = matrix.visit(falling, name)
+    tried = ["minmax"]
     if recipe.ranges == "search":
-        best = min(matrix.solve(visit_K, U_KK, "search"), best, key=lambda state: state.loss)
+        gains = sample.solve(*visits[falling], "search").loss < CLEARLY * losses[falling]
+        tried = ["search"] if gains else ["search", "minmax"]
+    best = min((matrix.solve(visit_K, R_KK, ranges) for ranges in tried), key=lambda state: state.loss)
     if not bool(torch.isfinite(best.Q_NK).all()):
         raise SolverError(name, "a scale beyond fp16", "scales up to 65504", "check the layer's weights")
     if recipe.ranges == "search":
         for _ in range(PASSES):
-            matrix.refine(best, visit_K, damp, name)
+            matrix.refine(best, visit_K, damp)
     dead = int((H_KK.diagonal() == 0).sum())
-    relative = matrix.relative_error(best)
+    relative = matrix.relative_error(best, damp)
     return matrix.result(best, W_NK.shape[1]), SolveReport(name, relative, damp, dead, matrix.share_4bit())
 
 
@@ -84,12 +92,9 @@ class _Matrix:
     @classmethod
     def of(cls, W_NK: torch.Tensor, H_KK: torch.Tensor, spec: MixSpec, recipe: MixRecipe) -> _Matrix:
         n, k = W_NK.shape
-        stored = spec.blocks(k) * BLOCK
-        W = H_KK.new_zeros(n, stored)
-        W[:, :k] = W_NK
-        H = H_KK.new_zeros(stored, stored)
-        H[:k, :k] = H_KK
-        W, H = alive(W, H)
+        if fill := -k % BLOCK:
+            W_NK, H_KK = pad(W_NK, (0, fill)), pad(H_KK, (0, fill, 0, fill))
+        W, H = alive(W_NK, H_KK)
         order_S = None
         if recipe.order == "none" and len(set(spec.widths)) > 1:
             order_S = choose_strips(strip_importance(W, H.diagonal(), recipe.ranking), spec)
@@ -97,7 +102,7 @@ class _Matrix:
             W, H = W[:, channels], H[channels][:, channels]
         outlier_NK = torch.zeros_like(W, dtype=torch.bool)
         if recipe.outliers:
-            count = round(recipe.outliers * W_NK.numel())
+            count = round(recipe.outliers * n * k)
             outlier_NK = choose_outliers(W, H.diagonal(), spec, recipe.ranges, count)
         row_scales_N = row_zeros_N = None
         if spec.metadata == "paper":
@@ -129,7 +134,7 @@ class _Matrix:
         )
 
     def visit(self, falling: bool, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Input channels as they are visited [K], the factor of their inverse Hessian [K, K], and its damping.
+        """Input channels as they are visited [K], the factor of their Hessian [K, K], and its damping.
 
         Strips by rising width; among equals by falling sensitivity or by rising, which is better where few of them have
         most of it, as in down projections: 30 % less error there. In a strip the most active channel comes first.
@@ -141,57 +146,66 @@ class _Matrix:
         within_SR = self.H_KK.diagonal().view(-1, STRIP).argsort(dim=1, descending=True, stable=True)
         starts_S1 = torch.arange(0, self.W_NK.shape[1], STRIP, device=within_SR.device)[:, None]
         visit_K = (within_SR + starts_S1)[order_S].flatten()
-        return visit_K, *inverse_factor(self.H_KK[visit_K][:, visit_K], name, DAMP)
+        return visit_K, *factor(self.H_KK[visit_K][:, visit_K], name, DAMP)
 
-    def relative_error(self, state: _State) -> float:
+    def relative_error(self, state: _State, damp: float) -> float:
         """Squared error of the outputs, tr(E H E^T), over what they are; undamped."""
-        error_NK = self.W_NK - state.Q_NK
-        error, total = (float(((A_NK @ self.H_KK) * A_NK).sum()) for A_NK in (error_NK, self.W_NK))
-        return error / total if total else 0.0
+        damping = damp * self.H_KK.diagonal().mean() * (self.W_NK - state.Q_NK).square().sum()
+        total = float(((self.W_NK @ self.H_KK) * self.W_NK).sum())
+        return max(0.0, state.loss - float(damping)) / total if total else 0.0
 
-    def solve(self, visit_K: torch.Tensor, U_KK: torch.Tensor, ranges: str) -> _State:
-        """Round all strips in the order of `visit_K`, with the factor of the inverse Hessian in that order."""
+    def solve(self, visit_K: torch.Tensor, R_KK: torch.Tensor, ranges: str) -> _State:
+        """Round all strips in the order of `visit_K`, with the factor of the Hessian in that order."""
         n, k = self.W_NK.shape
         state = self._empty()
         W_NK, outlier_NK = self.W_NK[:, visit_K], self.outlier_NK[:, visit_K]
+        U_SRR = _inverses(R_KK.view(k // STRIP, STRIP, -1, STRIP).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        errors_NK = torch.zeros_like(W_NK)  # (W - Q) R so far
         for start in range(0, k, LAZY * STRIP):
             stop = min(start + LAZY * STRIP, k)
-            error_NL = W_NK.new_empty(n, stop - start)
+            off_NL = W_NK.new_empty(n, stop - start)
             for first in range(start, stop, STRIP):
                 own, strip = slice(first, first + STRIP), int(visit_K[first]) // STRIP
-                rounded = self._new_strip(state, strip, W_NK[:, own], U_KK[own, own], outlier_NK[:, own], ranges)
+                done = off_NL[:, : first - start]
+                U_RR, so_far_NR = U_SRR[first // STRIP], errors_NK[:, own] + done @ R_KK[start:first, own]
+                target_NR = W_NK[:, own] + so_far_NR @ U_RR
+                rounded = self._new_strip(state, strip, target_NR, U_RR, outlier_NK[:, own], ranges)
                 state.Q_NK[:, visit_K[own]] = rounded.Q_NR
-                error_NL[:, first - start : first - start + STRIP] = rounded.error_NR
-                W_NK[:, own.stop : stop] -= rounded.error_NR @ U_KK[own, own.stop : stop]
-            W_NK[:, stop:].addmm_(error_NL, U_KK[start:stop, stop:], alpha=-1)
-            state.loss += float(error_NL.square().sum())
+                torch.sub(W_NK[:, own], rounded.Q_NR, out=off_NL[:, first - start : first - start + STRIP])
+                state.loss += float(rounded.loss_N.sum())
+            errors_NK[:, stop:].addmm_(off_NL, R_KK[start:stop, stop:])
         return state
 
-    def refine(self, state: _State, visit_K: torch.Tensor, damp: float, name: str) -> None:
+    def refine(self, state: _State, visit_K: torch.Tensor, damp: float) -> None:
         """Round every strip again, all others as they are; what does not lower the loss is left. Changes `state`."""
-        damped_KK = self.H_KK.clone()
-        damped_KK.diagonal().add_(damp * self.H_KK.diagonal().mean())
-        gradient_NK = (self.W_NK - state.Q_NK) @ damped_KK
-        for order_SR in torch.split(visit_K.view(-1, STRIP), LAZY):
-            visited_L = order_SR.flatten()
-            H_LL, gradient_NL = damped_KK[visited_L][:, visited_L], gradient_NK[:, visited_L]
+        damping = damp * self.H_KK.diagonal().mean()
+        order_SR, error_NK = visit_K.view(-1, STRIP), self.W_NK - state.Q_NK
+        gradient_NK = (damping * error_NK).addmm_(error_NK, self.H_KK)
+        H_SRR = self.H_KK[order_SR[:, :, None], order_SR[:, None]]
+        H_SRR.diagonal(dim1=1, dim2=2).add_(damping)
+        U_SRR = iter(_inverses(torch.linalg.cholesky(H_SRR.flip(1, 2)).flip(1, 2)))
+        for order_LR in torch.split(order_SR, LAZY):
+            visited_L = order_LR.flatten()
+            H_LK = self.H_KK[visited_L]
+            H_LK[torch.arange(len(visited_L)), visited_L] += damping
+            H_LL, gradient_NL = H_LK[:, visited_L], gradient_NK[:, visited_L]
             Q_NL, outlier_NL = state.Q_NK[:, visited_L], self.outlier_NK[:, visited_L]
             change_NL = torch.zeros_like(Q_NL)
-            for i, strip in enumerate((order_SR[:, 0] // STRIP).tolist()):
+            for i, strip in enumerate((order_LR[:, 0] // STRIP).tolist()):
                 own = slice(i * STRIP, (i + 1) * STRIP)
-                H_RR, Q_NR = H_LL[own, own], Q_NL[:, own]
-                U_RR, _ = inverse_factor(H_RR, name, 0.0)
-                off_NR = gradient_NL[:, own] @ U_RR.T @ U_RR  # where the optimum lies, the others fixed
-                rounded = self._search(state, strip, Q_NR + off_NR, U_RR, outlier_NL[:, own], neighbours=True)
-                before_N = ((off_NR @ H_RR) * off_NR).sum(1)
-                better_N = rounded.loss_N < before_N * (1 - 1e-6)
+                Q_NR, U_RR = Q_NL[:, own], next(U_SRR)
+                so_far_NR = gradient_NL[:, own] @ U_RR.T
+                target_NR = Q_NR + so_far_NR @ U_RR  # where the optimum lies, the others fixed
+                rounded = self._search(state, strip, target_NR, U_RR, outlier_NL[:, own], neighbours=True)
+                better_N = rounded.loss_N < so_far_NR.square().sum(1) * (1 - 1e-6)
                 change_NL[:, own] = (rounded.Q_NR - Q_NR).mul_(better_N[:, None])
                 gradient_NL.addmm_(change_NL[:, own], H_LL[own], alpha=-1)
                 Q_NL[:, own] = torch.where(better_N[:, None], rounded.Q_NR, Q_NR)
                 state.codes_NS[better_N, strip] = rounded.codes_N[better_N]
                 state.zeros_NS[better_N, strip] = rounded.zeros_N[better_N]
-            gradient_NK.addmm_(change_NL, damped_KK[visited_L], alpha=-1)
+            gradient_NK.addmm_(change_NL, H_LK, alpha=-1)
             state.Q_NK[:, visited_L] = Q_NL
+        state.loss = float((gradient_NK * (self.W_NK - state.Q_NK)).sum())
 
     def result(self, state: _State, in_features: int) -> MixedWeight:
         """The codes behind the dequantized values."""
@@ -294,17 +308,15 @@ class _Matrix:
         loss_PN = error_RPN.square().sum(0)
         best_1N = loss_PN.argmin(0, keepdim=True)
         codes_N, zeros_N, loss_N = (values.gather(0, best_1N)[0] for values in (codes_PN, zeros_PN, loss_PN))
-        best_R1N = best_1N.expand(STRIP, 1, -1)
-        Q_NR, error_NR = (values.gather(1, best_R1N)[:, 0].T for values in (Q_RPN, error_RPN))
-        return _Rounded(Q_NR, error_NR, loss_N, codes_N, zeros_N)
+        Q_NR = Q_RPN.gather(1, best_1N.expand(STRIP, 1, -1))[:, 0].T
+        return _Rounded(Q_NR, loss_N, codes_N, zeros_N)
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """One strip: dequantized, its errors over U's diagonal, the sum of their squares, and the codes of each row."""
+    """One strip: dequantized, its part of the loss, and the codes of each row."""
 
     Q_NR: torch.Tensor
-    error_NR: torch.Tensor
     loss_N: torch.Tensor
     codes_N: torch.Tensor
     zeros_N: torch.Tensor
@@ -318,7 +330,10 @@ def _round(
     top: int,
     outlier_NR: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round 16 channels in turn for P choices of scale and zero: dequantized values and errors over U_jj [R, P, N]."""
+    """Round 16 channels in turn for P choices of scale and zero: dequantized values and errors over U_jj [R, P, N].
+
+    U_RR: the inverse of R's part for this strip. T_NR: what it would be, could it be anything.
+    """
     shape = STRIP, *scales_PN.shape
     Q_RPN, error_RPN = T_NR.new_empty(shape), T_NR.new_empty(shape)
     T_RN, outlier_RN = T_NR.T.contiguous(), outlier_NR.T if bool(outlier_NR.any()) else None
@@ -333,6 +348,13 @@ def _round(
             q_PN.copy_(torch.where(outlier_RN[i], w_PN.to(torch.float16).float(), q_PN))
         torch.sub(w_PN, q_PN, out=error_RPN[i]).div_(U_RR[i, i])
     return Q_RPN, error_RPN
+
+
+def _inverses(R_SRR: torch.Tensor) -> torch.Tensor:
+    """Of upper triangles."""
+    eye_SRR = torch.eye(STRIP, device=R_SRR.device).expand_as(R_SRR)
+    inverse_SRR: torch.Tensor = torch.linalg.solve_triangular(R_SRR, eye_SRR, upper=True)
+    return inverse_SRR
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
