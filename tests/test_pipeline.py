@@ -63,8 +63,9 @@ def test_blockwise_is_the_model(model_type: str, changes: dict[str, Any], dtype:
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_known_inputs_are_not_computed_again(model_type: str, tmp_path: Path) -> None:
+def test_known_inputs_are_not_computed_again(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the inputs of o, and of down where an MLP is no mixture, the block gives what it gave, bit for bit."""
+    monkeypatch.setattr("bitshard.blockwise.AT_ONCE", 50)
     checkpoint = Checkpoint.open(random_model(tmp_path / "m", model_type))
     arch = checkpoint.arch
     model = BlockwiseModel(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
@@ -244,6 +245,7 @@ def test_config_says_where_it_comes_from_and_no_more(text: Path, tmp_path: Path)
         "length": 24,
         "seed": 0,
         "recipe": vars(GPTQ_RECIPE),
+        "bfloat16": False,
     }
     assert str(tmp_path) not in json.dumps(config)
     assert (tmp_path / "out" / "tokenizer.json").exists()

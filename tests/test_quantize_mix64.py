@@ -27,7 +27,7 @@ from bitshard.integrations.transformers import load
 from bitshard.mixed import MixedWeight
 from bitshard.ordering import choose_order
 from bitshard.pipeline import Calibration, QuantizeReport, _Job, quantize
-from bitshard.progress import silent
+from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import is_identity
 from bitshard.solver.hessian import Hessian
@@ -297,6 +297,29 @@ def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, mon
     # also between the order and the first shard, and between a state and its block's shard
     assert {"task.json", "order.safetensors", "model"} in seen and {"task.json", "order.safetensors"} < seen[1]
     assert any("inputs" in names for names in seen)
+
+
+def test_a_run_begun_in_bfloat16_is_not_finished_in_float32(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine it starts anew, and the file says which it was."""
+    model = random_model(tmp_path / "m", "llama")
+
+    def run(name: str, bfloat16: bool, progress: Progress = silent) -> None:
+        monkeypatch.setattr("bitshard.blockwise._is_good_at_bfloat16", lambda device: bfloat16)
+        quantize(model, tmp_path / name, MixSpec(), small(text), MixRecipe("none"), progress=progress)
+
+    def dying(items: Sequence[int], label: str, /) -> Iterator[int]:
+        yield items[0]
+        raise Killed
+
+    with pytest.raises(Killed):
+        run("out", True, dying)
+    for name, bfloat16 in (("out", False), ("float32", False), ("bfloat16", True)):
+        run(name, bfloat16)
+        section = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["bitshard"]
+        assert section["provenance"]["bfloat16"] is bfloat16
+    assert digest(tmp_path / "out") == digest(tmp_path / "float32") != digest(tmp_path / "bfloat16")
 
 
 SCRIPT = """

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitshard.errors import SpecError
+from bitshard.inspection import inspect
 from bitshard.integrations.transformers import load
 from bitshard.layout import Mix64Layout
 from bitshard.mixed import MixedWeight
@@ -219,13 +220,29 @@ def test_resumes_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
 
 
 def test_gptq_does_not_see_what_is_held_out(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the order, nor are segments of the two models paired wrongly where some are held out of a batch."""
     counts, matrix = set(), Hessian.matrix
+    monkeypatch.setattr("bitshard.blockwise.AT_ONCE", 4 * 16)
     monkeypatch.setattr(Hessian, "matrix", lambda self: counts.add(self.count) or matrix(self))  # type: ignore[func-returns-value]
     model = random_model(tmp_path / "m", "llama", num_hidden_layers=1)
+    reports, orders = [], []
     for tuned in (0, 1):
         counts.clear()
-        quantize(model, tmp_path / str(tuned), MixSpec(), small(text), MixRecipe("none", tune=tuned))
-        assert counts == {TAUGHT * 16}
+        out = tmp_path / str(tuned)
+        reports.append(quantize(model, out, MixSpec(), small(text, samples=6), MixRecipe(tune=tuned)))
+        assert counts == {6 * 16}
+        section = json.loads((out / "config.json").read_text())["quantization_config"]["bitshard"]
+        orders.append(section["provenance"]["permutation_sha256"])
+        errors = [matrix.error for matrix in inspect(out).matrices]
+        assert all(error is None for error in errors) if tuned else all(error is not None for error in errors)
+    assert reports[0].matrices == reports[1].matrices and orders[0] == orders[1]
+
+
+def test_gradients_are_switched_on(text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "llama", num_hidden_layers=1)
+    with torch.no_grad():
+        report = quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe("none", tune=2))
+    assert len(report.tuned) == 1
 
 
 def test_a_trained_model_gains_on_stories_it_was_not_tuned_on(stories: Path, tmp_path: Path) -> None:

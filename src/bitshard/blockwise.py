@@ -22,7 +22,7 @@ from bitshard.nn import Experts
 Read = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 Watcher = Callable[[torch.Tensor], None]  # is given a matrix's input or output, [..., K] or [..., N]
 
-AT_ONCE = 4  # segments run together
+AT_ONCE = 2048  # tokens of whole segments that are run together
 
 
 class _Stop(Exception):
@@ -47,7 +47,7 @@ class BlockwiseModel:
         fast: bool = False,
     ) -> None:
         self.checkpoint, self.arch, self.device = checkpoint, checkpoint.arch, device
-        self._bfloat16 = fast and _is_good_at_bfloat16(device)
+        self.bfloat16 = fast and _is_good_at_bfloat16(device)
         self._model: nn.Module | None = _empty_model(checkpoint, config_updates, device)
         blocks = self._model.get_submodule(self.arch.blocks)
         assert isinstance(blocks, nn.ModuleList)
@@ -120,9 +120,7 @@ class BlockwiseModel:
         attention or most of an MLP, is not computed again.
         """
         with self._watching(layer, watch or {}, watch_outputs or {}), self._replaying(layer, known or {}):
-            return torch.cat(
-                [self.run_some(layer, hidden_BLH).cpu() for hidden_BLH in torch.split(hidden_SLH, AT_ONCE)]
-            )
+            return torch.cat([self.run_some(layer, hidden_BLH).cpu() for hidden_BLH in _some(hidden_SLH)])
 
     @torch.no_grad()
     def run_as_far_as(
@@ -140,7 +138,7 @@ class BlockwiseModel:
         if len(watch) == 1:
             watch = {name: last(watcher) for name, watcher in watch.items()}
         with self._watching(layer, watch, {}), self._replaying(layer, known):
-            for hidden_BLH in torch.split(hidden_SLH, AT_ONCE):
+            for hidden_BLH in _some(hidden_SLH):
                 with suppress(_Stop):
                     self.run_some(layer, hidden_BLH)
 
@@ -166,7 +164,7 @@ class BlockwiseModel:
         """Make the modules around row matrices do nothing but multiply the inputs that are known."""
 
         def replay(name: str, x_SLK: torch.Tensor) -> Callable[..., Any]:
-            linear, parts = self.linear(layer, name), iter(torch.split(x_SLK, AT_ONCE))
+            linear, parts = self.linear(layer, name), iter(_some(x_SLK))
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 y_BLH = linear(next(parts).to(self.device))
@@ -186,7 +184,7 @@ class BlockwiseModel:
     def run_some(self, layer: int, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """Some segments' outputs on the device, which gradients go through."""
         args, kwargs = self._arguments[layer]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             out: torch.Tensor = self._blocks[layer](hidden_BLH.to(self.device), *args, **kwargs)
         return out
 
@@ -203,6 +201,11 @@ class BlockwiseModel:
         for name, parameter in module.named_parameters():
             if parameter.is_meta and parameter not in later:
                 raise CheckpointError(prefix + name, "no such tensor", "every weight of the model", "get it again")
+
+
+def _some(x_SLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Segments by as many as are run together."""
+    return torch.split(x_SLK, max(1, AT_ONCE // x_SLK.shape[1]))
 
 
 def _is_good_at_bfloat16(device: torch.device) -> bool:

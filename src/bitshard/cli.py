@@ -164,7 +164,8 @@ def quantize(
     segments = Calibration(calibration, samples, length, seed)
     report = run(model, out, spec, segments, how, max_tp, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
-    title = f"{out}: {report.average_bits:.3f} bits, {len(report.matrices)} matrices, the worst five"
+    when = " before tuning" if report.tuned else ""
+    title = f"{out}: {report.average_bits:.3f} bits, {len(report.matrices)} matrices, the worst five{when}"
     table = _columns(title, "matrix", "relative output error", left=["matrix"])
     for matrix in worst:
         table.add_row(matrix.name, f"{matrix.relative_error:.2e}")

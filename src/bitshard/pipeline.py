@@ -7,8 +7,9 @@ further, and what leads to inputs that are known already is left out, so all fou
 over it. The 16-bit block runs beside it on the 16-bit model's own hidden states where weights are to make up for what
 the blocks before have changed (`MixRecipe.correct`).
 
-Memory: one block in float32, or two; one stage's Hessians (of a mixture: all experts'); the calibration's hidden
-states, and what the 16-bit block's matrices read.
+Memory: one block in float32, or two; one stage's Hessians (of a mixture: all experts') and what solving makes of them;
+the calibration's hidden states, what o and down read, and what the 16-bit block's matrices read or gave. Tuning needs
+21 bytes more for each of a block's weights.
 
 An interrupted run leaves `OUT.partial` and continues from there to the same bytes: block i counts as done when its
 shard is there, and what block i + 1 starts from is written before it.
@@ -67,9 +68,9 @@ OUTSIDE = "outside the blocks"
 ORDER_FILE = "order.safetensors"
 ORDER_SAMPLES = 8  # segments that an order is chosen from; four times as many move perplexity by less than 1 %
 
-# Most bits whose blocks are run in bfloat16: its products are 0.2 % off, 2-bit strips 13 % and 8-bit ones 0.3 %. With
-# 64 segments SmolLM2 at 2.91 bits has a perplexity of 45.0 and 57.2 (wiki, c4) instead of 45.4 and 56.6.
-FAST_BITS = 3
+# With fewer bits than these blocks are run in bfloat16: its products are 0.2 % off, 2-bit strips 13 % and 8-bit ones
+# 0.3 %. With 64 segments SmolLM2 at 2.91 bits has a perplexity of 45.0 and 57.2 (wiki, c4) instead of 45.4 and 56.6.
+FLOAT32_BITS = 4
 
 ALLOCATE_ROWS = 256  # of a matrix, that say how much it wants 4 bits
 ORDERS = ("hidden_H", "values_LJD", "kv_groups_LJ")  # of ModelOrder; `intermediate` is one for each MLP
@@ -146,7 +147,10 @@ class _Job:
 
     @property
     def fast(self) -> bool:
-        return self.spec.bits <= FAST_BITS
+        """Whether bfloat16 is good enough for running the blocks."""
+        if isinstance(self.spec, QuantSpec):
+            return self.spec.bits < FLOAT32_BITS
+        return (self.recipe.average_bits or sum(self.spec.widths) / len(self.spec.widths)) < FLOAT32_BITS
 
     @property
     def layout(self) -> GptqLayout | Mix64Layout:
@@ -185,10 +189,11 @@ def quantize(
     """Quantize a 16-bit `model` (folder, .gguf file or hub id) into the new folder `out`; resumes an interrupted run.
 
     spec: a MixSpec writes `mix64`, a QuantSpec the public GPTQ format. recipe: left out, 2.91 bits on average for
-    MixSpec(), plain GPTQ in natural order for GPTQ. Solved in float32, on a CUDA device where there is one. max_tp:
-    zero-pad MLP channels and whole KV groups until the matrices can be quantized and this tensor-parallel degree is
-    legal; 1 is enough for odd sizes. Raises CheckpointError, FormatError, PlanError or SpecError before any work when
-    something cannot be, SolverError with the matrix's name when numbers cannot; nothing is left under `out` then.
+    MixSpec(), plain GPTQ in natural order for GPTQ. Solved in float32, on a CUDA device where there is one; below 4
+    bits blocks are run in bfloat16, where the device has it. max_tp: zero-pad MLP channels and whole KV groups until
+    the matrices can be quantized and this tensor-parallel degree is legal; 1 is enough for odd sizes. Raises
+    CheckpointError, FormatError, PlanError or SpecError before any work when something cannot be, SolverError with the
+    matrix's name when numbers cannot; nothing is left under `out` then.
     """
     calibration = calibration or Calibration()
     recipe = recipe or _usual_recipe(spec)
@@ -207,6 +212,7 @@ def quantize(
         BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device, job.fast)
         for _ in range(1 + recipe.correct)
     ]
+    provenance["bfloat16"] = models[0].bfloat16
     task = {
         "verb": "quantize",
         "source": job.checkpoint.fingerprint(),
@@ -218,7 +224,7 @@ def quantize(
     }
     writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task, job.layout.name)
     if recipe.order == "model" or recipe.average_bits:
-        order, activity = _order(job, writer, tokens_SL[:ORDER_SAMPLES], device, progress)
+        order, activity = _order(job, writer, tokens_SL[: min(ORDER_SAMPLES, job.samples)], device, progress)
         if recipe.order == "model":
             job = replace(job, order=order)
             provenance["permutation_sha256"] = _digest(order)
@@ -233,6 +239,8 @@ def quantize(
     config = {**job.checkpoint.config, **job.config_updates}
     report = _report(job, out, state["solved"], state["tuned"])
     facts = {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
+    if report.tuned:  # a matrix has other errors then, and its Hessian is gone
+        facts = {name: {"share_4bit": fact["share_4bit"]} for name, fact in facts.items()}
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
     writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), facts)
     return report
@@ -412,7 +420,7 @@ def _stages(arch: Architecture, sizes: Shapes) -> list[list[tuple[str, ...]]]:
 
 def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer, layer: int, state: State) -> State:
     """Quantize every matrix of one block, write its shard, and return the state that the next block starts from."""
-    tensors, rows, after = job.read_block(layer), {}, dict(state)
+    tensors, rows, after = job.read_block(layer), dict[str, list[float]](), dict(state)
     model, arch = models[0], job.checkpoint.arch
     model.load(layer, tensors)
     exact: dict[str, list[torch.Tensor]] = {}
@@ -421,28 +429,35 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
         exact, after["exact"] = _run_exact(models[1], layer, state["exact"])
         models[1].unload(layer)
     learned_SLH, known = state["hidden"][: job.samples], dict[str, torch.Tensor]()
-    weights, originals = dict[str, QuantizedWeight | MixedWeight](), {}
+    untuned, originals = dict[str, MixedWeight](), dict[str, torch.Tensor]()  # kept for tuning alone
+
+    def store(name: str, weight: QuantizedWeight | MixedWeight) -> None:
+        full, packed = f"{arch.blocks}.{layer}.{name}", _pack(weight)
+        tensors.update({f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()})
+        rows[full].append(sum(tensor.nbytes for tensor in packed.values()))
+
     for stage in _stages(arch, job.sizes):
         hessians = _hessians(model, layer, learned_SLH, [names[0] for names in stage], exact, known)
         for names, hessian in zip(stage, hessians, strict=True):
             for name in names:
                 full, linear = f"{arch.blocks}.{layer}.{name}", model.linear(layer, name)
-                weights[name], dequantized, report = _solve(job, linear.weight, hessian, full)
+                weight, dequantized, report = _solve(job, linear.weight, hessian, full)
                 linear.weight.copy_(dequantized)
-                originals[name] = tensors.pop(f"{full}.weight")
+                original = tensors.pop(f"{full}.weight")
                 rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit]
+                if job.recipe.tune and isinstance(weight, MixedWeight):
+                    untuned[name], originals[name] = weight, original
+                else:
+                    store(name, weight)
+        del hessians, hessian
     if job.recipe.tune:
-        parameters = {name: model.linear(layer, name).weight for name in weights}
-        mixed = {name: weight for name, weight in weights.items() if isinstance(weight, MixedWeight)}
+        known = {}  # down's inputs will be others
+        parameters = {name: model.linear(layer, name).weight for name in untuned}
         run, targets_SLH = partial(model.run_some, layer), after["exact"]
-        tuned = tune(mixed, originals, parameters, run, state["hidden"], targets_SLH, job.samples, job.recipe.tune)
-        weights |= tuned.weights
-        known = {}  # down's inputs are others now
+        tuned = tune(untuned, originals, parameters, run, state["hidden"], targets_SLH, job.samples, job.recipe.tune)
+        for name, weight in tuned.weights.items():
+            store(name, weight)
         after["tuned"] = torch.cat([state["tuned"], torch.tensor([[tuned.before, tuned.after]], dtype=torch.float64)])
-    for name, weight in weights.items():
-        full, packed = f"{arch.blocks}.{layer}.{name}", _pack(weight)
-        tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
-        rows[full].append(sum(tensor.nbytes for tensor in packed.values()))
     after["hidden"] = model.run(layer, state["hidden"], known=known)
     model.unload(layer)
     solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)

@@ -14,13 +14,13 @@ PANEL = 512  # channels of a Hessian that are added to at once, and of a triangl
 class Hessian:
     """Running sum over activations, fp32 [K, K] on one device. Matrices with the same input share one.
 
-    exact: what of the 16-bit model `add` is given beside these inputs, so that weights can make up for what it has over
-    them: its "inputs", or its "outputs" (without a bias), which are fewer for o and down but serve one matrix only.
+    exact_is: what of the 16-bit model `add` is given beside these inputs, so that weights can make up for what it has
+    over them: its "inputs", or its "outputs" (without a bias), which are fewer for o and down but serve one matrix.
     """
 
-    def __init__(self, in_features: int, device: torch.device, exact: str = "inputs") -> None:
+    def __init__(self, in_features: int, device: torch.device, exact_is: str = "inputs") -> None:
         self._sum_KK = torch.zeros(in_features, in_features, device=device)
-        self._exact = exact
+        self._exact_is = exact_is
         self._cross_MK: torch.Tensor | None = None  # of drifts, or of exact outputs, with the inputs
         self.count = 0  # activation rows seen
 
@@ -33,7 +33,7 @@ class Hessian:
         self.count += x_TK.shape[0]
         if exact is not None:
             exact_TM = exact.reshape(len(x_TK), -1).to(x_TK.dtype)
-            if self._exact == "inputs":
+            if self._exact_is == "inputs":
                 exact_TM = exact_TM - x_TK
             if self._cross_MK is None:
                 self._cross_MK = x_TK.new_zeros(exact_TM.shape[1], x_TK.shape[1])
@@ -44,12 +44,12 @@ class Hessian:
 
         W X = W' X' is the target of GPTAQ (2504.02692), reached here before rounding instead of inside it. K numbers
         fitted to T tokens explain K / T of what is mere chance, so that much less of the change is made: 2 % less error
-        on other text. Without `exact` it is W itself.
+        on other text. With nothing of the 16-bit model it is W itself.
         """
         if self._cross_MK is None:
             return W_NK
         W_NK, sum_KK = W_NK.to(self._sum_KK.dtype), self._symmetric()
-        missing_NK = W_NK @ self._cross_MK if self._exact == "inputs" else self._cross_MK - W_NK @ sum_KK
+        missing_NK = W_NK @ self._cross_MK if self._exact_is == "inputs" else self._cross_MK - W_NK @ sum_KK
         # a dead channel has no drift either, so any positive number keeps its weights as they are
         sum_KK.diagonal().add_(damp * sum_KK.diagonal().mean())
         L_KK, failed = torch.linalg.cholesky_ex(sum_KK)

@@ -27,7 +27,7 @@ from bitshard.solver.hessian import factor
 from bitshard.spec import BLOCK, STRIP, MixRecipe, MixSpec, zero_base
 
 LAZY = 8  # strips whose feedback reaches the rest at once: 128 channels, as in solver.gptq
-SAMPLE_ROWS, SAMPLE_BLOCKS = 256, 16  # that a visiting order is chosen by
+SAMPLE_ROWS, SAMPLE_BLOCKS = 256, 16  # that choices are made by
 CLEARLY = 0.9  # of the loss that min-max leaves: with less, the search is taken for the better one
 PASSES = 1  # over all strips once everything is rounded; a second one lowers the loss by another 1 %
 
@@ -39,7 +39,7 @@ def solve_mixed(
     """Quantize one matrix [N, K], any float dtype, with the Hessian of its inputs, float32, on the same device.
 
     What leaves the least output error is kept of what is tried: two visiting orders, on a sample; min-max and searched
-    ranges, on a sample where that is clear; every strip rounded once more. So none of these can hurt. Raises
+    ranges, on a sample where that is clear; every strip rounded once more. So none of these hurts. Raises
     SolverError for values that are not finite, scales beyond fp16 or a Hessian that cannot be factored.
     """
     check_finite(W_NK, H_KK, name)
@@ -117,7 +117,7 @@ class _Matrix:
         return share_of_wide_strips(self.W_NK[rows], self.H_KK.diagonal(), self.spec)
 
     def sample(self) -> _Matrix:
-        """Some rows and some blocks, enough to tell one visiting order from another."""
+        """Some rows and some blocks, enough to tell one way to solve from another."""
         blocks = torch.arange(0, self.W_NK.shape[1], BLOCK, device=self.W_NK.device)
         blocks = blocks[:: ceil(len(blocks) / SAMPLE_BLOCKS)]
         channels = (blocks[:, None] + torch.arange(BLOCK, device=blocks.device)).flatten()

@@ -41,6 +41,7 @@ def judges(samples: int) -> int:
     return max(1, samples // TAUGHT)
 
 
+@torch.enable_grad()
 def tune(
     solved: Mapping[str, MixedWeight],
     originals: Mapping[str, torch.Tensor],
