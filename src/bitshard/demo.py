@@ -146,4 +146,4 @@ def picture(result: DemoReport, path: Path) -> None:
 def _label(name: str, run: Generation) -> str:
     if run.tp_size == 1:
         return f"{name}, 1 rank"
-    return f"{name}{'' if name == 'mix64' else ' ' + run.strategy}, {run.tp_size} ranks"
+    return f"{name if name == 'mix64' else run.strategy}, {run.tp_size} ranks"
