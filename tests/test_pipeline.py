@@ -20,6 +20,7 @@ from bitshard.solver.hessian import Hessian
 from bitshard.spec import GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
 from dense import random_model, random_text
 from factory import CONFIGS, dense_model, rewrite, token_ids
+from kill import Killed, counting_down, dies_at
 
 SPEC = QuantSpec(4, 16, sym=True, desc_act=True)
 ALL_EXPERTS = {"num_experts_per_tok": 4}  # so that no choice of experts flips; only mixtral reads it
@@ -136,30 +137,14 @@ def shares_input_with_q(out: Checkpoint, name: str) -> bool:
     return name.startswith(f"{out.arch.blocks}.0.") and name.endswith(out.arch.attention.column)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library may catch it."""
-
-
 def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on disk changes its meaning only by renaming and removing files: die before each of these, in turn."""
     model = random_model(tmp_path / "m", "llama")
     whole = quantize(model, tmp_path / "whole", SPEC, small(text))
-    left = 0
-
-    def dying(change: Any) -> Any:
-        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Killed
-            return change(path, *args, **kwargs)
-
-        return wrapper
-
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
-    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
+    die_before = counting_down(monkeypatch)
     for point in range(1, 100):
-        out, left = tmp_path / f"out-{point}", point
+        out = tmp_path / f"out-{point}"
+        die_before(point)
         try:
             quantize(model, out, SPEC, small(text))
         except Killed:
@@ -200,12 +185,8 @@ def test_another_task_starts_anew(other: str, text: Path, tmp_path: Path) -> Non
     """Nothing of an interrupted run is used when the calibration or the source is another."""
     model, calibration = random_model(tmp_path / "m", "llama"), small(text)
 
-    def stop(items: Sequence[int], label: str, /) -> Iterator[int]:
-        yield items[0]
-        raise Killed
-
     with pytest.raises(Killed):
-        quantize(model, tmp_path / "out", SPEC, calibration, progress=stop)
+        quantize(model, tmp_path / "out", SPEC, calibration, progress=dies_at(1))
     if other == "calibration":
         calibration = small(text, seed=1)
     else:

@@ -36,6 +36,7 @@ from bitshard.writer import Writer
 from commands import bitshard, refusal
 from dense import random_model, random_text
 from factory import CONFIGS, dense_model, rewrite, token_ids
+from kill import Killed, counting_down, dies_at
 
 CPU = torch.device("cpu")
 ALL_EXPERTS = {"num_experts_per_tok": 4}  # so that no choice of experts flips; only mixtral reads it
@@ -244,33 +245,6 @@ def test_an_ordered_model_loses_less(text: Path, tmp_path: Path) -> None:
     assert all(errors["model"][name] < 0.5 * errors["none"][name] for name in columns), errors
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library may catch it."""
-
-
-def counting_down(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that sets how many files may still be renamed or removed before a kill."""
-    left = 0
-
-    def dying(change: Any) -> Any:
-        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Killed
-            return change(path, *args, **kwargs)
-
-        return wrapper
-
-    def set_left(count: int) -> None:
-        nonlocal left
-        left = count
-
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
-    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
-    return set_left
-
-
 def told(report: QuantizeReport) -> tuple[Any, ...]:
     return tuple(report.matrices), tuple(report.unseen), dict(report.filled), report.average_bits
 
@@ -280,10 +254,10 @@ def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, mon
     model = random_model(tmp_path / "m", "llama", hidden_size=48, intermediate_size=64, head_dim=12)
     calibration, recipe = small(text, samples=2, length=8), MixRecipe(outliers=0.01)
     whole = quantize(model, tmp_path / "whole", MixSpec(), calibration, recipe)
-    die_after, seen = counting_down(monkeypatch), []
+    die_before, seen = counting_down(monkeypatch), []
     for point in range(1, 100):
         out = tmp_path / f"out-{point}"
-        die_after(point)
+        die_before(point)
         try:
             quantize(model, out, MixSpec(), calibration, recipe)
         except Killed:
@@ -309,12 +283,8 @@ def test_a_run_begun_in_bfloat16_is_not_finished_in_float32(
         monkeypatch.setattr("bitshard.blockwise._is_good_at_bfloat16", lambda device: bfloat16)
         quantize(model, tmp_path / name, MixSpec(), small(text), MixRecipe("none"), progress=progress)
 
-    def dying(items: Sequence[int], label: str, /) -> Iterator[int]:
-        yield items[0]
-        raise Killed
-
     with pytest.raises(Killed):
-        run("out", True, dying)
+        run("out", True, dies_at(1))
     for name, bfloat16 in (("out", False), ("float32", False), ("bfloat16", True)):
         run(name, bfloat16)
         section = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["bitshard"]
@@ -368,15 +338,8 @@ def test_a_seed_says_all(model: Path, text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["recipe", "max_tp"])
 def test_another_task_starts_anew(other: str, model: Path, text: Path, tmp_path: Path) -> None:
     """Nothing of an interrupted run is used, its order least of all."""
-
-    def stop(items: Sequence[int], label: str, /) -> Iterator[int]:
-        if label == "quantizing":
-            yield items[0]
-            raise Killed
-        yield from items
-
     with pytest.raises(Killed):
-        quantize(model, tmp_path / "out", MixSpec(), small(text), progress=stop)
+        quantize(model, tmp_path / "out", MixSpec(), small(text), progress=dies_at(1))
     recipe = MixRecipe(ranking="range") if other == "recipe" else MixRecipe()
     max_tp = 1 if other == "max_tp" else None
     quantize(model, tmp_path / "out", MixSpec(), small(text), recipe, max_tp)

@@ -28,6 +28,7 @@ from bitshard.spec import QuantSpec
 from bitshard.writer import Writer
 from commands import bitshard, refusal
 from factory import random_checkpoint
+from kill import Killed, counting_down
 
 MIB = 1 << 20
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
@@ -48,10 +49,6 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library may catch it."""
 
 
 def after(count: int, then: Callable[[], Any]) -> Any:
@@ -82,22 +79,10 @@ def dies_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_dies_before_any_change_on_disk(source: Path, expected: dict[str, str], tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """What is on disk changes its meaning only by renaming and removing: die before each of these, in turn."""
-    left = 0
-
-    def dying(change: Any) -> Any:
-        def wrapper(path: Path, *args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Killed
-            return change(path, *args, **kwargs)
-
-        return wrapper
-
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
-    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
+    die_before = counting_down(monkeypatch)
     for point in range(1, 100):
-        out, left = tmp_path / f"out-{point}", point
+        out = tmp_path / f"out-{point}"
+        die_before(point)
         try:
             convert(source, out)
         except Killed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bitshard.spec import PAPER_RECIPES, STRIP, MixRecipe, MixSpec, QuantSpec
 from commands import refusal
 from dense import random_model, random_text
 from factory import random_mixed_weight
+from kill import Killed, dies_at
 
 PAPER_SPEC, PAPER_RECIPE = PAPER_RECIPES["paper-v4"]
 CASES = {
@@ -191,25 +191,12 @@ def test_every_kind_of_block(model_type: str, text: Path, tmp_path: Path, monkey
     assert section["bitshard"]["provenance"]["recipe"]["tune"] == 20
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library may catch it."""
-
-
 def test_resumes_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
     model, recipe = (
         random_model(tmp_path / "m", "llama", num_hidden_layers=3),
         MixRecipe("none", ranges="minmax", tune=12),
     )
     whole = quantize(model, tmp_path / "whole", MixSpec(), small(text), recipe)
-
-    def dies_at(block: int) -> Callable[[Sequence[int], str], Iterator[int]]:
-        def progress(items: Sequence[int], label: str, /) -> Iterator[int]:
-            for item in items:
-                if label == "quantizing" and item == block:
-                    raise Killed
-                yield item
-
-        return progress
 
     for block in (1, 2):
         with pytest.raises(Killed):
