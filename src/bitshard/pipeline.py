@@ -439,9 +439,14 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
     for stage in _stages(arch, job.sizes):
         hessians = _hessians(model, layer, learned_SLH, [names[0] for names in stage], exact, known)
         for names, hessian in zip(stage, hessians, strict=True):
-            for name in names:
-                full, linear = f"{arch.blocks}.{layer}.{name}", model.linear(layer, name)
-                weight, dequantized, report = _solve(job, linear.weight, hessian, full)
+            linears = [model.linear(layer, name) for name in names]
+            wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]), DAMP)
+            H_KK = hessian.matrix()
+            for name, linear, W_NK in zip(
+                names, linears, torch.split(wanted_NK, [linear.out_features for linear in linears]), strict=True
+            ):
+                full = f"{arch.blocks}.{layer}.{name}"
+                weight, dequantized, report = _solve(job, W_NK, H_KK, full)
                 linear.weight.copy_(dequantized)
                 original = tensors.pop(f"{full}.weight")
                 rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit]
@@ -449,7 +454,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
                     untuned[name], originals[name] = weight, original
                 else:
                     store(name, weight)
-        del hessians, hessian
+        del hessians, hessian, H_KK, wanted_NK, W_NK
     if job.recipe.tune:
         known = {}  # down's inputs will be others
         parameters = {name: model.linear(layer, name).weight for name in untuned}
@@ -530,10 +535,9 @@ def _hessians(
 
 
 def _solve(
-    job: _Job, W_NK: torch.Tensor, hessian: Hessian, name: str
+    job: _Job, W_NK: torch.Tensor, H_KK: torch.Tensor, name: str
 ) -> tuple[QuantizedWeight | MixedWeight, torch.Tensor, SolveReport]:
     """One matrix: its logical value, what that dequantizes to [N, K], and how it went."""
-    W_NK, H_KK = hessian.corrected(W_NK, DAMP), hessian.matrix()
     if isinstance(job.spec, MixSpec):
         mixed, report = solve_mixed(W_NK, H_KK, job.specs.get(name, job.spec), job.recipe, name)
         return mixed, mixed.dequantize(), report
