@@ -178,7 +178,7 @@ def test_every_kind_of_block(model_type: str, text: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Hessian, "matrix", lambda self: torch.eye(len(self._sum_KK)))
     model, length = random_model(tmp_path / "m", model_type), 1 if model_type == "mixtral" else 16
     text.write_text(random_text(length) * (TAUGHT + 1))  # what is held out is no news
-    recipe = MixRecipe("none", ranges="minmax", tune=20)
+    recipe = MixRecipe("none", ranges="minmax", tune=40)
     quantize(model, tmp_path / "untuned", MixSpec(), small(text, length=length), replace(recipe, tune=0))
     for out in ("a", "b"):
         report = quantize(model, tmp_path / out, MixSpec(), small(text, length=length), recipe)
@@ -188,7 +188,7 @@ def test_every_kind_of_block(model_type: str, text: Path, tmp_path: Path, monkey
     sizes = [sum(path.stat().st_size for path in (tmp_path / out).glob("model-*")) for out in ("a", "untuned")]
     assert sizes[0] == sizes[1]
     section = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
-    assert section["bitshard"]["provenance"]["recipe"]["tune"] == 20
+    assert section["bitshard"]["provenance"]["recipe"]["tune"] == 40
 
 
 def test_resumes_to_the_same_bytes(text: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import ModelOrder
 from bitshard.solver.allocate import relative_errors, spend
-from bitshard.solver.gptq import DAMP, SolveReport, gptq
+from bitshard.solver.gptq import SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.solver.tune import judges, tune
@@ -440,7 +440,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
         hessians = _hessians(model, layer, learned_SLH, [names[0] for names in stage], exact, known)
         for names, hessian in zip(stage, hessians, strict=True):
             linears = [model.linear(layer, name) for name in names]
-            wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]), DAMP)
+            wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]))
             H_KK = hessian.matrix()
             for name, linear, W_NK in zip(
                 names, linears, torch.split(wanted_NK, [linear.out_features for linear in linears]), strict=True

@@ -23,7 +23,7 @@ from bitshard.mixed import MixedWeight, strip_widths
 from bitshard.spec import STRIP
 
 TAUGHT = 8  # segments that are learned from for each one that judges, which GPTQ has not seen either
-CODE_RATE, SCALE_RATE = 0.002, 0.02  # codes moved in the first step; less in each, down to zero
+CODE_RATE, SCALE_RATE = 0.001, 0.02  # codes moved in the first step; less in each, down to zero
 NEAR = 0.49  # how far from its code a number starts at most
 
 
