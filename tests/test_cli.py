@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,11 @@ def success(*arguments: object) -> Result:
     result = bitshard(*arguments)
     assert result.code == 0, result.stderr
     return result
+
+
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "bitshard", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "quantize" in result.stdout and not result.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,11 +1,12 @@
 """Measure rows of the accuracy tables: one JSON file per row in benchmarks/results/accuracy.
 
-    python benchmarks/accuracy/run.py --model smollm2=SmolLM2.gguf --rows 16-bit,gptq-3,Q2_K-padded
-    python benchmarks/accuracy/run.py --model smollm2=SmolLM2.gguf --checkpoint ours-2.9=OUT
+    python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows all --gptqmodel VG/bin/python
+    python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows 16-bit,ours-2.9,paper-v4
+    python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --checkpoint mine=OUT
 
 Every row is evaluated by `bitshard.evaluate` in fp32 on the dequantized weights, on the first 20 windows of 1,024
 tokens of each text; KL and top-1 agreement against the 16-bit model on the wiki windows. Other programs' rows need
-their own virtual environments (README.md); what they make is kept under --work and reused.
+their own virtual environments (README.md); what is quantized is kept under --work and reused.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,12 @@ UNCOUNTED = ("bias", "g_idx")  # a bias is 16-bit in every row; g_idx is left ou
 
 @dataclass(frozen=True)
 class Made:
-    """A row's model, ready to evaluate. nbytes: of the blocks' matrices."""
+    """A row's model, ready to evaluate. nbytes: of the blocks' matrices. samples: segments calibrated with."""
 
     model: PreTrainedModel
     nbytes: int
     details: Mapping[str, Any]
+    samples: int = SAMPLES
 
 
 class Subject:
@@ -142,6 +145,16 @@ def checkpoint(subject: Subject, folder: Path) -> Made:
     return Made(load(folder), _nbytes(folder, subject), {"quantization_config": _quantization_config(folder)})
 
 
+def ours(subject: Subject, row: str) -> Made:
+    """What `bitshard quantize` makes with the row's options."""
+    out, (options, samples) = subject.work(row), OURS[row]
+    if not out.exists():
+        command = [sys.executable, "-m", "bitshard", "quantize", str(subject.path), str(out), *options.split()]
+        command += ["--calibration", str(subject.text_file("mix")), "--samples", str(samples), "--length", str(LENGTH)]
+        subprocess.run(command, check=True)
+    return replace(checkpoint(subject, out), samples=samples)
+
+
 def gptq(subject: Subject, bits: int) -> Made:
     out = subject.work(f"gptq-{bits}")
     arguments = [
@@ -188,8 +201,27 @@ def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
     )
 
 
+OURS = {  # options of `bitshard quantize`, segments; of rows that begin with ours-2.9- one thing is switched
+    "ours-2.9": ("", SAMPLES),
+    "ours-2.5": ("--average-bits 2.5", SAMPLES),
+    "ours-3.3": ("--average-bits 3.3", SAMPLES),
+    "ours-tuned-2.9": ("--tune 128", SAMPLES),
+    "paper-v1": ("--recipe paper-v1", SAMPLES),
+    "paper-v4": ("--recipe paper-v4", SAMPLES),
+    "ours-2.9-natural-order": ("--order none", SAMPLES),
+    "ours-2.9-ranked-by-range": ("--ranking range", SAMPLES),
+    "ours-2.9-minmax": ("--ranges minmax", SAMPLES),
+    "ours-2.9-no-correct": ("--no-correct", SAMPLES),
+    "ours-2.9-outliers": ("--outliers 0.002", SAMPLES),
+    "ours-2.9-one-fraction": ("--fraction-4bit 0.25", SAMPLES),
+    "ours-2.9-one-fraction-paper-metadata": ("--fraction-4bit 0.25 --metadata paper", SAMPLES),
+    "ours-2.9-32-segments": ("", 32),
+    "ours-2.9-128-segments": ("", 128),
+}
+
 ROWS: dict[str, Callable[[Subject], Made]] = {
     "16-bit": source,
+    **{row: partial(ours, row=row) for row in OURS},
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
     "autoround-2-g32": partial(autoround, bits=2, group_size=32),
     "autoround-2-g64": partial(autoround, bits=2, group_size=64),
@@ -220,7 +252,7 @@ def measure(subject: Subject, row: str, make: Callable[[Subject], Made], texts: 
         "row": row,
         "bits": 8 * made.nbytes / subject.weights,
         "source_sha256": sha256(subject.path) if subject.path.is_file() else None,
-        "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": SAMPLES, "length": LENGTH},
+        "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": made.samples, "length": LENGTH},
         "texts": results,
         "details": dict(made.details),
     }
@@ -272,7 +304,7 @@ def _pair(text: str) -> tuple[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=_pair, required=True, metavar="NAME=PATH", help="a 16-bit folder or .gguf file")
-    parser.add_argument("--rows", default="", help=f"with commas, of {', '.join(ROWS)}")
+    parser.add_argument("--rows", default="", help=f"all, or with commas of {', '.join(ROWS)}")
     parser.add_argument("--checkpoint", type=_pair, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, c4 and code")
     parser.add_argument("--texts", type=Path, default=Path("build/accuracy/texts"), help="where texts.py wrote them")
@@ -284,7 +316,10 @@ def main() -> None:
             peer, type=os.path.abspath, metavar="PYTHON", help="the interpreter of that program's virtual environment"
         )
     arguments = parser.parse_args()
-    rows = {name: ROWS[name] for name in arguments.rows.split(",") if name}
+    wanted = list(ROWS) if arguments.rows == "all" else [name for name in arguments.rows.split(",") if name]
+    if unknown := [name for name in wanted if name not in ROWS]:
+        raise SystemExit(f"--rows: no such rows as {', '.join(unknown)}; --help names them all")
+    rows = {name: ROWS[name] for name in wanted}
     rows |= {name: partial(checkpoint, folder=folder) for name, folder in arguments.checkpoint}
     name, path = arguments.model
     arguments.work = arguments.work.resolve()

@@ -1,0 +1,5 @@
+"""`python -m bitshard` is `bitshard`."""
+
+from bitshard.cli import main
+
+main()
