@@ -29,7 +29,7 @@ from bitshard.solver.allocate import (
     strip_importance,
 )
 from bitshard.solver.gptq import DAMP, SolveReport
-from bitshard.solver.hessian import Hessian, inverse_factor
+from bitshard.solver.hessian import CORRECTION_DAMP, Hessian, inverse_factor
 from bitshard.solver.mixed import solve_mixed
 from bitshard.spec import PAPER_RECIPES, STRIP, MixRecipe, MixSpec, QuantSpec, requested, zero_base
 
@@ -363,6 +363,22 @@ def test_a_linear_distortion_is_undone(exact: str) -> None:
     assert left[12] == 1 and left[48] == pytest.approx(0.5, abs=0.01) and left[24_000] < 0.01
     found_NK = found.corrected(W_NK, DAMP)
     assert 0.01 < (X_TK @ A_KK @ found_NK.T - target_TN).norm() / before_TN.norm() < 0.5
+
+
+@EXACT
+def test_channels_hardly_seen_keep_their_weights(exact: str) -> None:
+    """Where noise is louder than what was seen, least squares turn weights off, which other text would need."""
+    W_NK, tokens, noise = weights(6, 24, 0), 24_000, 0.1
+    generator = torch.Generator().manual_seed(0)
+    X_TK = torch.randn(tokens, 24, generator=generator) * torch.cat([torch.ones(12), torch.full((12,), 0.03)])
+    noisy_TK = X_TK + noise * torch.randn(tokens, 24, generator=generator)
+    found = drifting(noisy_TK, X_TK if exact == "inputs" else X_TK @ W_NK.T, exact)
+    quiet = slice(12, None)
+    kept = [
+        float((found.corrected(W_NK, damp)[:, quiet] * W_NK[:, quiet]).sum() / W_NK[:, quiet].square().sum())
+        for damp in (DAMP, CORRECTION_DAMP)
+    ]
+    assert kept[0] < 0.5 and kept[1] > 0.9
 
 
 @EXACT
