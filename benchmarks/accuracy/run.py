@@ -151,7 +151,8 @@ def ours(subject: Subject, row: str) -> Made:
     if not out.exists():
         command = [sys.executable, "-m", "bitshard", "quantize", str(subject.path), str(out), *options.split()]
         command += ["--calibration", str(subject.text_file("mix")), "--samples", str(samples), "--length", str(LENGTH)]
-        subprocess.run(command, check=True)
+        if code := subprocess.run(command).returncode:  # it has said why
+            raise SystemExit(code)
     return replace(checkpoint(subject, out), samples=samples)
 
 
