@@ -20,6 +20,7 @@ LAYERS = (
     ("bench", "doctor", "evaluate", "generate", "verify"),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

@@ -12,7 +12,7 @@ import torch
 
 from bitshard.errors import SolverError, SpecError
 from bitshard.quantized import QuantizedWeight
-from bitshard.solver.hessian import inverse_factor
+from bitshard.solver.hessian import inverse_factor, squared_outputs
 from bitshard.spec import QuantSpec
 
 BLOCK = 128  # channels whose feedback reaches the rest at once (section 3.3, lazy batch updates)
@@ -120,9 +120,8 @@ def _round_channels(
 
 def _relative_error(W_NK: torch.Tensor, weight: QuantizedWeight, H_KK: torch.Tensor) -> float:
     W_NK = W_NK.to(H_KK.dtype)
-    error_NK = W_NK - weight.dequantize(H_KK.dtype).T
-    error, total = (float(((A_NK @ H_KK) * A_NK).sum()) for A_NK in (error_NK, W_NK))
-    return error / total if total else 0.0
+    total = squared_outputs(W_NK, H_KK)
+    return squared_outputs(W_NK - weight.dequantize(H_KK.dtype).T, H_KK) / total if total else 0.0
 
 
 def _check(W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str) -> None:

@@ -9,7 +9,9 @@ from bitshard.errors import SolverError
 DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the diagonal itself
 LEAST_RETRY = 1e-4  # where the first try had no damping at all
 CORRECTION_DAMP = 0.3  # 0.1 is as good on the text calibrated with; 0.01 is worse there, and far worse on other text
-PANEL = 512  # channels of a Hessian that are added to at once, and of a triangle that is inverted as a whole
+PANEL = (
+    512  # channels of a Hessian that are added to, or multiplied by, at once; of a triangle that is inverted as a whole
+)
 
 
 class Hessian:
@@ -73,6 +75,17 @@ class Hessian:
             sum_KK[own, own] += sum_KK[own, own].triu(1).T
             sum_KK[start + PANEL :, own] = sum_KK[own, start + PANEL :].T
         return sum_KK
+
+
+def squared_outputs(W_NK: torch.Tensor, H_KK: torch.Tensor) -> float:
+    """tr(W H W^T), what a matrix makes of the inputs, squared and summed; H is symmetric and read on one side."""
+    total = 0.0
+    for start in range(0, len(H_KK), PANEL):
+        own, right = slice(start, start + PANEL), slice(start + PANEL, None)
+        to_right_NK = W_NK[:, own] @ H_KK[own, right]
+        total += float(((W_NK[:, own] @ H_KK[own, own]) * W_NK[:, own]).sum())
+        total += 2 * float((to_right_NK * W_NK[:, right]).sum())
+    return total
 
 
 def factor(H_KK: torch.Tensor, name: str, damp: float) -> tuple[torch.Tensor, float]:

@@ -23,7 +23,7 @@ from bitshard.errors import SolverError
 from bitshard.mixed import MixedWeight, Outliers, strip_widths
 from bitshard.solver.allocate import choose_outliers, choose_strips, fit_ranges, share_of_wide_strips, strip_importance
 from bitshard.solver.gptq import DAMP, SMALLEST_SCALE, SolveReport, alive, check_finite
-from bitshard.solver.hessian import factor
+from bitshard.solver.hessian import factor, squared_outputs
 from bitshard.spec import BLOCK, STRIP, MixRecipe, MixSpec, zero_base
 
 LAZY = 8  # strips whose feedback reaches the rest at once: 128 channels, as in solver.gptq
@@ -54,6 +54,7 @@ def solve_mixed(
         gains = sample.solve(*visits[falling], "search").loss < CLEARLY * losses[falling]
         tried = ["search"] if gains else ["search", "minmax"]
     best = min((matrix.solve(visit_K, R_KK, ranges) for ranges in tried), key=lambda state: state.loss)
+    del R_KK  # 321 MB for K = 8,960, as much as `refine` is about to take
     if not bool(torch.isfinite(best.Q_NK).all()):
         raise SolverError(name, "a scale beyond fp16", "scales up to 65504", "check the layer's weights")
     if recipe.ranges == "search":
@@ -151,7 +152,7 @@ class _Matrix:
     def relative_error(self, state: _State, damp: float) -> float:
         """Squared error of the outputs, tr(E H E^T), over what they are; undamped."""
         damping = damp * self.H_KK.diagonal().mean() * (self.W_NK - state.Q_NK).square().sum()
-        total = float(((self.W_NK @ self.H_KK) * self.W_NK).sum())
+        total = squared_outputs(self.W_NK, self.H_KK)
         return max(0.0, state.loss - float(damping)) / total if total else 0.0
 
     def solve(self, visit_K: torch.Tensor, R_KK: torch.Tensor, ranges: str) -> _State:
@@ -177,35 +178,36 @@ class _Matrix:
         return state
 
     def refine(self, state: _State, visit_K: torch.Tensor, damp: float) -> None:
-        """Round every strip again, all others as they are; what does not lower the loss is left. Changes `state`."""
-        damping = damp * self.H_KK.diagonal().mean()
-        order_SR, error_NK = visit_K.view(-1, STRIP), self.W_NK - state.Q_NK
-        gradient_NK = (damping * error_NK).addmm_(error_NK, self.H_KK)
-        H_SRR = self.H_KK[order_SR[:, :, None], order_SR[:, None]]
-        H_SRR.diagonal(dim1=1, dim2=2).add_(damping)
-        U_SRR = iter(_inverses(torch.linalg.cholesky(H_SRR.flip(1, 2)).flip(1, 2)))
-        for order_LR in torch.split(order_SR, LAZY):
-            visited_L = order_LR.flatten()
-            H_LK = self.H_KK[visited_L]
-            H_LK[torch.arange(len(visited_L)), visited_L] += damping
-            H_LL, gradient_NL = H_LK[:, visited_L], gradient_NK[:, visited_L]
-            Q_NL, outlier_NL = state.Q_NK[:, visited_L], self.outlier_NK[:, visited_L]
-            change_NL = torch.zeros_like(Q_NL)
-            for i, strip in enumerate((order_LR[:, 0] // STRIP).tolist()):
-                own = slice(i * STRIP, (i + 1) * STRIP)
-                Q_NR, U_RR = Q_NL[:, own], next(U_SRR)
-                so_far_NR = gradient_NL[:, own] @ U_RR.T
+        """Round every strip again, all others as they are; what does not lower the loss is left. Changes `state`.
+
+        In visiting order, where what is not visited yet lies together: the rest of the gradient is of no more use.
+        """
+        k, strips_S = len(visit_K), (visit_K[::STRIP] // STRIP).tolist()
+        H_KK = self.H_KK[visit_K][:, visit_K]
+        H_KK.diagonal().add_(damp * H_KK.diagonal().mean())
+        Q_NK, outlier_NK = state.Q_NK[:, visit_K], self.outlier_NK[:, visit_K]
+        gradient_NK = (self.W_NK[:, visit_K] - Q_NK) @ H_KK
+        H_SRR = H_KK.view(-1, STRIP, k // STRIP, STRIP).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        U_SRR = _inverses(torch.linalg.cholesky(H_SRR.flip(1, 2)).flip(1, 2))
+        for start in range(0, k, LAZY * STRIP):
+            stop = min(start + LAZY * STRIP, k)
+            change_NL = Q_NK.new_zeros(len(Q_NK), stop - start)
+            for first in range(start, stop, STRIP):
+                own, strip, U_RR = slice(first, first + STRIP), strips_S[first // STRIP], U_SRR[first // STRIP]
+                Q_NR, so_far_NR = Q_NK[:, own], gradient_NK[:, own] @ U_RR.T
                 target_NR = Q_NR + so_far_NR @ U_RR  # where the optimum lies, the others fixed
-                rounded = self._search(state, strip, target_NR, U_RR, outlier_NL[:, own], neighbours=True)
-                better_N = rounded.loss_N < so_far_NR.square().sum(1) * (1 - 1e-6)
-                change_NL[:, own] = (rounded.Q_NR - Q_NR).mul_(better_N[:, None])
-                gradient_NL.addmm_(change_NL[:, own], H_LL[own], alpha=-1)
-                Q_NL[:, own] = torch.where(better_N[:, None], rounded.Q_NR, Q_NR)
+                rounded = self._search(state, strip, target_NR, U_RR, outlier_NK[:, own], neighbours=True)
+                so_far_N = so_far_NR.square().sum(1)
+                better_N = rounded.loss_N < so_far_N * (1 - 1e-6)
+                change_NR = change_NL[:, first - start : first - start + STRIP]
+                torch.sub(rounded.Q_NR, Q_NR, out=change_NR).mul_(better_N[:, None])
+                gradient_NK[:, first + STRIP : stop].addmm_(change_NR, H_KK[own, first + STRIP : stop], alpha=-1)
+                Q_NK[:, own] = torch.where(better_N[:, None], rounded.Q_NR, Q_NR)
                 state.codes_NS[better_N, strip] = rounded.codes_N[better_N]
                 state.zeros_NS[better_N, strip] = rounded.zeros_N[better_N]
-            gradient_NK.addmm_(change_NL, H_LK, alpha=-1)
-            state.Q_NK[:, visited_L] = Q_NL
-        state.loss = float((gradient_NK * (self.W_NK - state.Q_NK)).sum())
+                state.loss -= float((so_far_N - rounded.loss_N)[better_N].sum())
+            gradient_NK[:, stop:].addmm_(change_NL, H_KK[start:stop, stop:], alpha=-1)
+        state.Q_NK[:, visit_K] = Q_NK
 
     def result(self, state: _State, in_features: int) -> MixedWeight:
         """The codes behind the dequantized values."""
