@@ -29,7 +29,7 @@ from bitshard.solver.allocate import (
     strip_importance,
 )
 from bitshard.solver.gptq import DAMP, SolveReport
-from bitshard.solver.hessian import CORRECTION_DAMP, Hessian, inverse_factor
+from bitshard.solver.hessian import CORRECTION_DAMP, Hessian, inverse_factor, squared_outputs
 from bitshard.solver.mixed import solve_mixed
 from bitshard.spec import PAPER_RECIPES, STRIP, MixRecipe, MixSpec, QuantSpec, requested, zero_base
 
@@ -395,11 +395,13 @@ def test_dead_channels_are_not_corrected(exact: str) -> None:
 
 @pytest.mark.parametrize("k", [1, 511, 512, 513, 1300])
 def test_panels_change_nothing(k: int) -> None:
-    """Hessians are summed and triangles inverted in panels of 512; both are what the whole would be."""
+    """Hessians are summed and read, triangles inverted, in panels of 512; all are what the whole would be."""
     X_TK = inputs(k, k, 2 * k)
     found = Hessian(k, X_TK.device)
     found.add(X_TK)
     torch.testing.assert_close(found.matrix(), X_TK.T @ X_TK / k)
+    W_NK = weights(6, k, 0)
+    assert squared_outputs(W_NK, found.matrix()) == pytest.approx(float((X_TK @ W_NK.T).square().sum()) / k, rel=1e-4)
     U_KK, damp = inverse_factor(found.matrix(), "w", DAMP)
     damped_KK = found.matrix().double() + damp * found.matrix().diagonal().mean() * torch.eye(k)
     assert torch.equal(U_KK, U_KK.triu())
