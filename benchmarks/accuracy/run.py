@@ -147,13 +147,15 @@ def checkpoint(subject: Subject, folder: Path) -> Made:
 
 def ours(subject: Subject, row: str) -> Made:
     """What `bitshard quantize` makes with the row's options."""
-    out, (options, samples) = subject.work(row), OURS[row]
+    out = subject.work(row)
     if not out.exists():
-        command = [sys.executable, "-m", "bitshard", "quantize", str(subject.path), str(out), *options.split()]
-        command += ["--calibration", str(subject.text_file("mix")), "--samples", str(samples), "--length", str(LENGTH)]
+        command = [sys.executable, "-m", "bitshard", "quantize", str(subject.path), str(out)]
+        command += ["--calibration", str(subject.text_file("mix")), "--samples", str(SAMPLES), "--length", str(LENGTH)]
+        command += OURS[row].split()  # of an option given twice the last one counts
         if code := subprocess.run(command).returncode:  # it has said why
             raise SystemExit(code)
-    return replace(checkpoint(subject, out), samples=samples)
+    made = checkpoint(subject, out)
+    return replace(made, samples=made.details["quantization_config"]["bitshard"]["provenance"]["samples"])
 
 
 def gptq(subject: Subject, bits: int) -> Made:
@@ -202,22 +204,22 @@ def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
     )
 
 
-OURS = {  # options of `bitshard quantize`, segments; of rows that begin with ours-2.9- one thing is switched
-    "ours-2.9": ("", SAMPLES),
-    "ours-2.5": ("--average-bits 2.5", SAMPLES),
-    "ours-3.3": ("--average-bits 3.3", SAMPLES),
-    "ours-tuned-2.9": ("--tune 128", SAMPLES),
-    "paper-v1": ("--recipe paper-v1", SAMPLES),
-    "paper-v4": ("--recipe paper-v4", SAMPLES),
-    "ours-2.9-natural-order": ("--order none", SAMPLES),
-    "ours-2.9-ranked-by-range": ("--ranking range", SAMPLES),
-    "ours-2.9-minmax": ("--ranges minmax", SAMPLES),
-    "ours-2.9-no-correct": ("--no-correct", SAMPLES),
-    "ours-2.9-outliers": ("--outliers 0.002", SAMPLES),
-    "ours-2.9-one-fraction": ("--fraction-4bit 0.25", SAMPLES),
-    "ours-2.9-one-fraction-paper-metadata": ("--fraction-4bit 0.25 --metadata paper", SAMPLES),
-    "ours-2.9-32-segments": ("", 32),
-    "ours-2.9-128-segments": ("", 128),
+OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- one thing is switched
+    "ours-2.9": "",
+    "ours-2.5": "--average-bits 2.5",
+    "ours-3.3": "--average-bits 3.3",
+    "ours-tuned-2.9": "--tune 128",
+    "paper-v1": "--recipe paper-v1",
+    "paper-v4": "--recipe paper-v4",
+    "ours-2.9-natural-order": "--order none",
+    "ours-2.9-ranked-by-range": "--ranking range",
+    "ours-2.9-minmax": "--ranges minmax",
+    "ours-2.9-no-correct": "--no-correct",
+    "ours-2.9-outliers": "--outliers 0.002",
+    "ours-2.9-one-fraction": "--fraction-4bit 0.25",
+    "ours-2.9-one-fraction-paper-metadata": "--fraction-4bit 0.25 --metadata paper",
+    "ours-2.9-32-segments": "--samples 32",
+    "ours-2.9-128-segments": "--samples 128",
 }
 
 ROWS: dict[str, Callable[[Subject], Made]] = {

@@ -441,10 +441,9 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
         for names, hessian in zip(stage, hessians, strict=True):
             linears = [model.linear(layer, name) for name in names]
             wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]))
+            wanted = torch.split(wanted_NK, [linear.out_features for linear in linears])
             H_KK = hessian.matrix()
-            for name, linear, W_NK in zip(
-                names, linears, torch.split(wanted_NK, [linear.out_features for linear in linears]), strict=True
-            ):
+            for name, linear, W_NK in zip(names, linears, wanted, strict=True):
                 full = f"{arch.blocks}.{layer}.{name}"
                 weight, dequantized, report = _solve(job, W_NK, H_KK, full)
                 linear.weight.copy_(dequantized)
@@ -454,7 +453,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
                     untuned[name], originals[name] = weight, original
                 else:
                     store(name, weight)
-        del hessians, hessian, H_KK, wanted_NK, W_NK
+        del hessians, hessian, H_KK, wanted_NK, wanted, W_NK
     if job.recipe.tune:
         known = {}  # down's inputs will be others
         parameters = {name: model.linear(layer, name).weight for name in untuned}

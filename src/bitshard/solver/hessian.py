@@ -9,9 +9,7 @@ from bitshard.errors import SolverError
 DAMP_GROWTH = 10.0  # each retry damps this much more, up to the mean of the diagonal itself
 LEAST_RETRY = 1e-4  # where the first try had no damping at all
 CORRECTION_DAMP = 0.3  # 0.1 is as good on the text calibrated with; 0.01 is worse there, and far worse on other text
-PANEL = (
-    512  # channels of a Hessian that are added to, or multiplied by, at once; of a triangle that is inverted as a whole
-)
+PANEL = 512  # channels of a Hessian that are worked on at once, and of a triangle that is inverted as a whole
 
 
 class Hessian:
