@@ -3,10 +3,12 @@
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows all --gptqmodel VG/bin/python
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows 16-bit,ours-2.9,paper-v4
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --checkpoint mine=OUT
+    python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows ours-2.9,gptq-3 --tasks piqa,arc_easy
 
 Every row is evaluated by `bitshard.evaluate` in fp32 on the dequantized weights, on the first 20 windows of 1,024
-tokens of each text; KL and top-1 agreement against the 16-bit model on the wiki windows. Other programs' rows need
-their own virtual environments (README.md); what is quantized is kept under --work and reused.
+tokens of each text; KL and top-1 agreement against the 16-bit model on the wiki windows; with --tasks on those instead,
+in a file of its own. Other programs' rows need their own virtual environments (README.md); what is quantized is kept
+under --work and reused.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bitshard.bench.report import header
 from bitshard.checkpoint import Checkpoint
-from bitshard.evaluate import perplexity, text_windows
+from bitshard.evaluate import TaskOptions, load_tasks, perplexity, task_scores, text_windows
 from bitshard.integrations.transformers import load, load_tokenizer
 from bitshard.sources import resolve
 
@@ -40,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "accuracy"
 SAMPLES, LENGTH = 64, 512  # of calibration
 CONTEXT, WINDOWS = 1024, 20  # of evaluation
+DOCUMENTS = 200  # of each task
 UNCOUNTED = ("bias", "g_idx")  # a bias is 16-bit in every row; g_idx is left out in favour of those who need it
 
 
@@ -137,7 +140,7 @@ def remember(model: PreTrainedModel, folder: Path) -> None:
 
 
 def source(subject: Subject) -> Made:
-    return Made(subject.reference, 2 * subject.weights, {})
+    return Made(load(subject.folder), 2 * subject.weights, {})
 
 
 def checkpoint(subject: Subject, folder: Path) -> Made:
@@ -172,10 +175,10 @@ def gptq(subject: Subject, bits: int) -> Made:
     return checkpoint(subject, subject.peer("gptqmodel", "peer_gptqmodel.py", arguments, out))
 
 
-def autoround(subject: Subject, bits: int, group_size: int | None = None) -> Made:
-    group_size = group_size or subject.group_size
-    out = subject.work(f"autoround-{bits}-g{group_size}")
-    arguments = [subject.folder, subject.segments_file(), out, "--bits", str(bits), "--group-size", str(group_size)]
+def autoround(subject: Subject, row: str, bits: int, group_size: int | None = None, recipe: str = "default") -> Made:
+    out = subject.work(row)
+    arguments = [subject.folder, subject.segments_file(), out, "--bits", str(bits)]
+    arguments += ["--group-size", str(group_size or subject.group_size), "--recipe", recipe]
     return checkpoint(subject, subject.peer("auto_round", "peer_autoround.py", arguments, out))
 
 
@@ -226,9 +229,10 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
     "16-bit": source,
     **{row: partial(ours, row=row) for row in OURS},
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
-    "autoround-2-g32": partial(autoround, bits=2, group_size=32),
-    "autoround-2-g64": partial(autoround, bits=2, group_size=64),
-    "autoround-3": partial(autoround, bits=3),
+    "autoround-2-g32": partial(autoround, row="autoround-2-g32", bits=2, group_size=32),
+    "autoround-3": partial(autoround, row="autoround-3", bits=3),
+    "autoround-light-2-g32": partial(autoround, row="autoround-light-2-g32", bits=2, group_size=32, recipe="light"),
+    "autoround-light-3": partial(autoround, row="autoround-light-3", bits=3, recipe="light"),
     **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
     **{
         f"{kind}-padded{suffix}": partial(padded, kind=GGMLQuantizationType[kind], imatrix=bool(suffix))
@@ -238,9 +242,8 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
 }
 
 
-def measure(subject: Subject, row: str, make: Callable[[Subject], Made], texts: list[str]) -> dict[str, Any]:
-    """One row: what was made, its bits from the bytes, and every text's numbers."""
-    made = make(subject)
+def measure(subject: Subject, row: str, made: Made, texts: list[str]) -> dict[str, Any]:
+    """One row: its bits from the bytes, and every text's numbers."""
     results = {}
     for name in texts:
         windows = text_windows(subject.tokenizer, subject.text(name), CONTEXT, count=WINDOWS, where=name)
@@ -249,15 +252,29 @@ def measure(subject: Subject, row: str, make: Callable[[Subject], Made], texts: 
         results[name]["sha256"] = sha256(subject.text_file(name))
         print(f"{subject.name} {row} {name}: {results[name]['perplexity']:.3f}", flush=True)
     return {
+        **described(subject, row, made),
+        "source_sha256": sha256(subject.path) if subject.path.is_file() else None,
+        "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": made.samples, "length": LENGTH},
+        "texts": results,
+        "details": dict(made.details),
+    }
+
+
+def measure_tasks(subject: Subject, row: str, made: Made, tasks: Any) -> dict[str, Any]:
+    """One row's scores in what `load_tasks` returned."""
+    scores = task_scores(made.model, subject.tokenizer, tasks, DOCUMENTS)
+    for score in scores:
+        print(f"{subject.name} {row} {score.task} {score.metric}: {score.value:.3f}", flush=True)
+    return {**described(subject, row, made), "tasks": [asdict(score) for score in scores]}
+
+
+def described(subject: Subject, row: str, made: Made) -> dict[str, Any]:
+    return {
         "benchmark": "accuracy",
         "header": {**header("cpu"), "transformers": transformers.__version__},
         "model": subject.name,
         "row": row,
         "bits": 8 * made.nbytes / subject.weights,
-        "source_sha256": sha256(subject.path) if subject.path.is_file() else None,
-        "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": made.samples, "length": LENGTH},
-        "texts": results,
-        "details": dict(made.details),
     }
 
 
@@ -310,6 +327,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help=f"all, or with commas of {', '.join(ROWS)}")
     parser.add_argument("--checkpoint", type=_pair, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, c4 and code")
+    parser.add_argument("--tasks", help="of lm-eval's and benchmarks/tasks, instead of texts; needs bitshard[eval]")
     parser.add_argument("--texts", type=Path, default=Path("build/accuracy/texts"), help="where texts.py wrote them")
     parser.add_argument(
         "--work", type=Path, default=Path("build/accuracy"), help="what other programs make is kept here"
@@ -328,9 +346,15 @@ def main() -> None:
     arguments.work = arguments.work.resolve()
     subject = Subject(name, path, arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if arguments.tasks:
+        tasks = load_tasks(TaskOptions(arguments.tasks.split(","), include_path=HERE.parent / "tasks"))
     for row, make in rows.items():
-        result = measure(subject, row, make, arguments.evaluate.split(","))
-        (RESULTS / f"{subject.name}-{row}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if arguments.tasks:
+            file, result = f"tasks-{subject.name}-{row}", measure_tasks(subject, row, make(subject), tasks)
+        else:
+            texts = arguments.evaluate.split(",")
+            file, result = f"{subject.name}-{row}", measure(subject, row, make(subject), texts)
+        (RESULTS / f"{file}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

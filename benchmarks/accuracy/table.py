@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
@@ -32,6 +33,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def task_table(rows: list[dict[str, Any]]) -> str:
+    """One model's rows in tasks, most bits first: acc_norm where a task has it, else acc, and their mean; per cent."""
+    tasks = {score["task"]: "acc" for score in rows[0]["tasks"]}
+    tasks |= {score["task"]: "acc_norm" for score in rows[0]["tasks"] if score["metric"] == "acc_norm"}
+    columns = ["row", "bits", *(f"{task} {metric}" for task, metric in tasks.items()), "mean"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    for row in sorted(rows, key=lambda row: -row["bits"]):
+        values = {(score["task"], score["metric"]): 100 * score["value"] for score in row["tasks"]}
+        chosen = [values[task] for task in tasks.items()]
+        cells = [row["row"], f"{row['bits']:.3f}", *(f"{value:.1f}" for value in (*chosen, mean(chosen)))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
@@ -42,11 +57,14 @@ def main() -> None:
         row = json.loads(path.read_text())
         by_model.setdefault(row["model"], []).append(row)
     for model in sys.argv[1:] or by_model:
-        rows = by_model[model]
+        tasks = [row for row in by_model[model] if "tasks" in row]
+        rows = [row for row in by_model[model] if row not in tasks]
         ablation = [row for row in rows if row["row"].startswith(ABLATION)]
         print(f"### {model}\n\n{table([row for row in rows if row not in ablation])}\n")
         if ablation:
             print(f"One thing switched at a time\n\n{table(ablation)}\n")
+        if tasks:
+            print(f"Tasks\n\n{task_table(tasks)}\n")
 
 
 if __name__ == "__main__":
