@@ -323,31 +323,31 @@ def test_refuses_by_name(spec: MixSpec, W: torch.Tensor, H: torch.Tensor, says: 
         solve_mixed(W, H, spec, MixRecipe(), "model.layers.3.mlp.up_proj")
 
 
-EXACT = pytest.mark.parametrize("exact", ["inputs", "outputs"])
+DRIFT_OF = pytest.mark.parametrize("drift_of", ["inputs", "outputs"])
 
 
-def drifting(X_TK: torch.Tensor, exact_TM: torch.Tensor, exact: str) -> Hessian:
+def drifting(X_TK: torch.Tensor, exact_TK: torch.Tensor, W_NK: torch.Tensor, drift_of: str) -> Hessian:
     """Of inputs that came in three parts, with what the 16-bit model had there."""
-    found = Hessian(X_TK.shape[1], X_TK.device, exact)
-    for x, other in zip(X_TK.chunk(3), exact_TM.chunk(3), strict=True):
-        found.add(x[None], other[None])
+    found = Hessian(X_TK.shape[1], X_TK.device, drift_of)
+    for x, other in zip(X_TK.chunk(3), exact_TK.chunk(3), strict=True):
+        found.add(x[None], (other - x if drift_of == "inputs" else other @ W_NK.T - x @ W_NK.T)[None])
     return found
 
 
-@EXACT
-def test_without_drift_the_matrix_stays(exact: str) -> None:
+@DRIFT_OF
+def test_without_drift_the_matrix_stays(drift_of: str) -> None:
     W_NK, X_TK = weights(6, 24, 0), inputs(24, 0)
-    same = drifting(X_TK, X_TK if exact == "inputs" else X_TK @ W_NK.T, exact)
-    torch.testing.assert_close(same.corrected(W_NK, DAMP), W_NK, rtol=1e-6, atol=0 if exact == "inputs" else 1e-6)
-    plain = Hessian(24, X_TK.device, exact)
+    same = drifting(X_TK, X_TK, W_NK, drift_of)
+    torch.testing.assert_close(same.corrected(W_NK, DAMP), W_NK, rtol=0, atol=0)
+    plain = Hessian(24, X_TK.device, drift_of)
     plain.add(X_TK)
     assert plain.corrected(W_NK, DAMP) is W_NK
-    assert Hessian(24, X_TK.device, exact).corrected(W_NK, DAMP) is W_NK
+    assert Hessian(24, X_TK.device, drift_of).corrected(W_NK, DAMP) is W_NK
     torch.testing.assert_close(plain.matrix(), same.matrix())
 
 
-@EXACT
-def test_a_linear_distortion_is_undone(exact: str) -> None:
+@DRIFT_OF
+def test_a_linear_distortion_is_undone(drift_of: str) -> None:
     """X' = X A is made up for by W A^-1, as far as tokens tell it from chance; damping leaves a part."""
     W_NK, A_KK = (
         weights(6, 24, 0),
@@ -357,7 +357,7 @@ def test_a_linear_distortion_is_undone(exact: str) -> None:
     for tokens in (12, 48, 24_000):
         X_TK = inputs(24, 0, tokens)
         target_TN = X_TK @ W_NK.T
-        found = drifting(X_TK @ A_KK, X_TK if exact == "inputs" else target_TN, exact)
+        found = drifting(X_TK @ A_KK, X_TK, W_NK, drift_of)
         off_TN, before_TN = (X_TK @ A_KK @ Q_NK.T - target_TN for Q_NK in (found.corrected(W_NK, 1e-6), W_NK))
         left[tokens] = float(off_TN.norm() / before_TN.norm())
     assert left[12] == 1 and left[48] == pytest.approx(0.5, abs=0.01) and left[24_000] < 0.01
@@ -365,14 +365,14 @@ def test_a_linear_distortion_is_undone(exact: str) -> None:
     assert 0.01 < (X_TK @ A_KK @ found_NK.T - target_TN).norm() / before_TN.norm() < 0.5
 
 
-@EXACT
-def test_channels_hardly_seen_keep_their_weights(exact: str) -> None:
+@DRIFT_OF
+def test_channels_hardly_seen_keep_their_weights(drift_of: str) -> None:
     """Where noise is louder than what was seen, least squares turn weights off, which other text would need."""
     W_NK, tokens, noise = weights(6, 24, 0), 24_000, 0.1
     generator = torch.Generator().manual_seed(0)
     X_TK = torch.randn(tokens, 24, generator=generator) * torch.cat([torch.ones(12), torch.full((12,), 0.03)])
     noisy_TK = X_TK + noise * torch.randn(tokens, 24, generator=generator)
-    found = drifting(noisy_TK, X_TK if exact == "inputs" else X_TK @ W_NK.T, exact)
+    found = drifting(noisy_TK, X_TK, W_NK, drift_of)
     quiet = slice(12, None)
     kept = [
         float((found.corrected(W_NK, damp)[:, quiet] * W_NK[:, quiet]).sum() / W_NK[:, quiet].square().sum())
@@ -381,15 +381,26 @@ def test_channels_hardly_seen_keep_their_weights(exact: str) -> None:
     assert kept[0] < 0.5 and kept[1] > 0.9
 
 
-@EXACT
-def test_dead_channels_are_not_corrected(exact: str) -> None:
+@DRIFT_OF
+def test_drifts_in_bfloat16_correct_as_in_float32(drift_of: str) -> None:
+    W_NK, X_TK = weights(6, 24, 0), inputs(24, 0, 3000)
+    found, wanted = Hessian(24, X_TK.device, drift_of), Hessian(24, X_TK.device, drift_of)
+    for x in X_TK.bfloat16().chunk(3):
+        drift = 0.05 * x.roll(1, 1) if drift_of == "inputs" else 0.05 * x.roll(1, 1) @ W_NK.T.bfloat16()
+        found.add(x, drift)
+        wanted.add(x.float(), drift.float())
+    change_NK = wanted.corrected(W_NK) - W_NK
+    assert (found.corrected(W_NK) - wanted.corrected(W_NK)).norm() < 0.01 * change_NK.norm()
+
+
+@DRIFT_OF
+def test_dead_channels_are_not_corrected(drift_of: str) -> None:
     W_NK, X_TK, dead = weights(6, 24, 0), inputs(24, 0), torch.tensor([0, 5, 23])
     X_TK[:, dead] = 0
-    exact_TM = 1.1 * X_TK if exact == "inputs" else 1.1 * X_TK @ W_NK.T
-    found_NK = drifting(X_TK, exact_TM, exact).corrected(W_NK, DAMP)
+    found_NK = drifting(X_TK, 1.1 * X_TK, W_NK, drift_of).corrected(W_NK, DAMP)
     assert torch.equal(found_NK[:, dead], W_NK[:, dead]) and not torch.equal(found_NK, W_NK)
     nothing = torch.zeros_like(X_TK)
-    unseen = drifting(nothing, nothing if exact == "inputs" else nothing @ W_NK.T, exact)
+    unseen = drifting(nothing, nothing, W_NK, drift_of)
     assert torch.equal(unseen.corrected(W_NK, DAMP), W_NK)
 
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 from bitshard import __version__
@@ -351,7 +351,7 @@ def _allocate(
             W_NK = tensors[f"{name}.weight"][:: ceil(n / ALLOCATE_ROWS)].float()
             active_K = activity[name][edit.rows[name]] if name in edit.rows else activity[name]
             stored = job.spec.blocks(k) * BLOCK
-            W_NK, active_K = pad(W_NK, (0, stored - k)), pad(active_K, (0, stored - len(active_K)))
+            W_NK, active_K = F.pad(W_NK, (0, stored - k)), F.pad(active_K, (0, stored - len(active_K)))
             names.append(name)
             errors.append(relative_errors(W_NK, active_K))
             sizes.append([_bytes(spec, job.recipe, k, n) for spec in choices])
@@ -514,19 +514,22 @@ def _hessians(
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names if name in rows}
 
     def watcher(name: str, hessian: Hessian) -> Watcher:
-        others = iter(exact.pop(name, ()))
+        others, weight_NK = iter(exact.pop(name, ())), model.linear(layer, name).weight
 
         def see(x: torch.Tensor) -> None:
             other = next(others, None)
-            hessian.add(x, None if other is None else other[: len(x)])  # the last ones may have more segments
+            if other is None:
+                hessian.add(x)
+            else:  # the last ones may have more segments
+                hessian.add(x, other[: len(x)] - (F.linear(x, weight_NK) if name in rows else x))
             if name in seen:
                 seen[name].append(x)
 
         return see
 
     for name in names:
-        kind = "outputs" if name in rows else "inputs"
-        hessians.append(Hessian(model.linear(layer, name).in_features, model.device, kind))
+        drift_of = "outputs" if name in rows else "inputs"
+        hessians.append(Hessian(model.linear(layer, name).in_features, model.device, drift_of))
         watch[name] = watcher(name, hessians[-1])
     model.run_as_far_as(layer, hidden_SLH, watch, known)
     known |= {name: torch.cat(parts) for name, parts in seen.items()}
