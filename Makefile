@@ -9,7 +9,7 @@ DEMO := build/demo
 install: $(VENV)/installed
 
 # torch comes first, so that no other package's range picks a different build of it
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             half = (n, strips // 2) if linear.role == "row" else (n // 2, strips)
             if linear.name == "attn.c_attn":
                 half = (256 // 2 + 2 * 64, strips)  # half of q, all of the one k and v
-            assert [shapes[f"{module}.qweight"] for shapes in held] == [half] * 2
+            assert [prod(shapes[f"{module}.qweight"]) for shapes in held] == [prod(half)] * 2
             if f"{name}.outlier_values" in checkpoint.files and linear.name != "attn.c_attn":
                 entries = checkpoint.tensor(f"{name}.outlier_values").shape[0]
                 assert sum(shapes[f"{module}.outlier_values"][0] for shapes in held) == entries

@@ -43,6 +43,9 @@ out_console, err_console = (Console(stderr=stderr, markup=False, emoji=False) fo
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strategy = Annotated[str, typer.Option(help="How ranks meet: naive, local-sort or tp-aware.")]
+Backend = Annotated[
+    str, typer.Option(help="exact; auto, with 8-bit activations; or a kernel: reference, cpu, cpu-int8.")
+]
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: how many ranks to start.")]
 
 
@@ -370,6 +373,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; all if left out.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more lm-eval tasks.")] = None,
+    backend: Backend = "exact",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text, divergence from the 16-bit model, and lm-eval tasks: --text, --tasks or both."""
@@ -384,7 +388,7 @@ def evaluate(
     path, reference = resolve(checkpoint), None if against is None else resolve(against)
     text_options = None if text is None else TextOptions(text, context, stride, windows, reference)
     task_options = None if tasks is None else TaskOptions(tasks.split(","), limit, include_path)
-    report = run(path, text_options, task_options, _progress)
+    report = run(path, text_options, task_options, _progress, backend)
     lines: list[str | Table] = []
     if report.text:
         lines += _perplexity_lines(report.text, against)
@@ -426,6 +430,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.", min=0, max=MAX_SEED)] = 0,
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Text, streamed to the terminal, on one rank or on T. Under torchrun, this process is one of the ranks."""
@@ -434,7 +439,7 @@ def generate(
     from bitshard.parallel import parse_strategy
     from bitshard.sources import resolve
 
-    options = GenerateOptions(max_new_tokens, temperature, seed, chat, stream=not as_json)
+    options = GenerateOptions(max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend)
     report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
     if os.environ.get("RANK", "0") != "0":
         return

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from bitshard.kernels import cpu, why_not_grouped
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -40,9 +42,15 @@ def examine() -> Sequence[Finding]:
         ),
         _cuda(),
         _collectives(),
-        Finding("kernel for gptq layers", "ok", "reference (plain torch) on every device"),
+        _kernels(),
         *(_demo_package(module, requirement) for module, requirement in DEMO_PACKAGES.items()),
     ]
+
+
+def _kernels() -> Finding:
+    if why := why_not_grouped():
+        return Finding("C kernels", "missing", "plain torch runs instead, several times slower", why)
+    return Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}; plain torch on a GPU")
 
 
 def _package(name: str, tested: Sequence[str]) -> Finding:

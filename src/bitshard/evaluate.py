@@ -131,9 +131,13 @@ class Evaluation:
 
 
 def evaluate(
-    path: Path, text: TextOptions | None = None, tasks: TaskOptions | None = None, progress: Progress = silent
+    path: Path,
+    text: TextOptions | None = None,
+    tasks: TaskOptions | None = None,
+    progress: Progress = silent,
+    backend: str = "exact",
 ) -> Evaluation:
-    """Evaluate the checkpoint `path` on a text, on tasks or on both; the models are loaded once.
+    """Evaluate the checkpoint `path` on a text, on tasks or on both; the models are loaded once. backend: see kernels.
 
     Raises SpecError for options that cannot be met and for a reference with another vocabulary, and CheckpointError for
     files that cannot be read, models that predict nothing and tasks that cannot be had.
@@ -145,7 +149,7 @@ def evaluate(
         windows = text_windows(tokenizer, content, text.context, text.stride, text.windows, str(text.file))
         if against is not None:
             _require_same_vocabulary(tokenizer, against, path)
-    model, measured, scores = load(path), None, []
+    model, measured, scores = load(path, backend=backend), None, []
     if windows is not None:
         measured = perplexity(model, windows, load(against) if against else None, progress)
     if tasks is not None:

@@ -17,24 +17,29 @@ from transformers.utils import logging as transformers_logging
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import SpecError
 from bitshard.integrations.transformers import load, load_tokenizer, require_degree, require_tokens
+from bitshard.kernels import require_backend
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """temperature 0 is greedy. chat: wrap the prompt in the tokenizer's chat template if it has one."""
+    """temperature 0 is greedy. chat: wrap the prompt in the tokenizer's chat template if it has one. backend: see
+    kernels; "auto" is the fastest.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
     chat: bool = True
     stream: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise SpecError("max_new_tokens", str(self.max_new_tokens), "1 or more", "ask for at least one token")
         if not 0 <= self.temperature < math.inf:
             raise SpecError("temperature", str(self.temperature), "0 or more", "choose 0 for greedy decoding")
+        require_backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
     if tp_size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
     tokenizer = load_tokenizer(path)
-    model = load(path, tp_size, strategy)
+    model = load(path, tp_size, strategy, backend=options.backend)
     inputs = _encode(tokenizer, prompt, options.chat).to(model.device)
     require_tokens(model, inputs["input_ids"], inputs["input_ids"].shape[1] + options.max_new_tokens)
     torch.manual_seed(options.seed)  # the same on every rank, so that they all draw the same tokens

@@ -42,6 +42,8 @@ from bitshard.mixed import MixedWeight, Outliers, strip_widths, zero_bases
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
 from bitshard.spec import BLOCK, STRIP, WORD_BITS, MixSpec, QuantSpec, codes_per_pack
 
+GROUP_ROWS = 16  # output channels that the C kernels read together, one vector of AVX-512
+GROUPED = ("qweight", "qextra", "qscales", "qzeros")  # tensors of `mix64` that are put so
 FORMAT_VERSION = 1  # of what bitshard writes beside the public tensors: config section and safetensors metadata
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_COLUMNS = 1 << 16  # outlier_columns are 16-bit
@@ -157,6 +159,18 @@ class GptqLayout:
             return pack((zeros_GN + 7) & 7, bits, dim=1)
         qzeros = pack(zeros_GN, bits, dim=1)
         return (qzeros.long() - _ones(bits)).to(torch.int32) if self.zeros_version == 1 else qzeros
+
+    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> dict[str, torch.Tensor] | None:
+        """Scales and zeros as the C kernels read them: float32, and uint8 [G, N] unpacked; codes lie well as they do.
+
+        None for what these kernels do not read: irregular groups, groups that are not whole strips of 16 channels (of
+        32 for 3 bits), fewer than 16 output channels.
+        """
+        (groups, n), k = tensors["scales"].shape, tensors["qweight"].shape[0] * WORD_BITS // spec.bits
+        if "g_idx" in tensors or n < GROUP_ROWS or (k // groups) % (2 * STRIP if spec.bits == 3 else STRIP):
+            return None
+        zeros_GN = self.unpack_zeros(tensors["qzeros"], spec.bits).contiguous()
+        return {"qweight": tensors["qweight"].contiguous(), "scales": tensors["scales"].float(), "qzeros": zeros_GN}
 
     def permute_rows(self, qweight: torch.Tensor, bits: int, perm_K: torch.Tensor) -> torch.Tensor:
         """Packed rows in another order, `perm[new] = old`, without the other tensors."""
@@ -292,6 +306,23 @@ class Mix64Layout:
         """
         self.check(name, tensors, spec, size)
         return self.decode(tensors, spec, size[0] if size else tensors["qweight"].shape[1] * STRIP)
+
+    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor] | None:
+        """Tensors as the C kernels read them: [N, C] as [N / 16, C, 16], rows filled up with zeros; scales2 float32.
+
+        None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper".
+        """
+        if spec.metadata != "fine" or not {2, 4}.issuperset(spec.widths):
+            return None
+        grouped = {s: _group(t) if s in GROUPED else t for s, t in tensors.items()}
+        return grouped | {"scales2": tensors["scales2"].float()}
+
+    def ungroup_rows(self, tensors: Mapping[str, torch.Tensor], out_features: int) -> dict[str, torch.Tensor]:
+        """The inverse of `group_rows`; scales2 stays float32."""
+        return {
+            s: t.transpose(1, 2).flatten(0, 1)[:out_features].contiguous() if s in GROUPED else t
+            for s, t in tensors.items()
+        }
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, in_features: int) -> MixedWeight:
         """`unpack` of tensors that were checked before."""
@@ -440,6 +471,12 @@ class Mix64Layout:
 def _ones(bits: int) -> int:
     """A one in every field of a word. Version 1 files are made by subtracting it from whole words, borrow and all."""
     return sum(1 << i for i in range(0, 32, bits))
+
+
+def _group(tensor: torch.Tensor) -> torch.Tensor:
+    n, columns = tensor.shape
+    filled = torch.cat([tensor, tensor.new_zeros(-n % GROUP_ROWS, columns)])
+    return filled.view(-1, GROUP_ROWS, columns).transpose(1, 2).contiguous()
 
 
 def check_g_idx(name: str, g_idx: torch.Tensor, spec: QuantSpec) -> None:

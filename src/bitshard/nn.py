@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitshard.bitpack import packed_length
-from bitshard.kernels import gptq_linear, mix64_linear
+from bitshard.kernels import gptq_linear, mix64_linear, why_not_grouped
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import STRIP, MixSpec, QuantSpec
@@ -25,10 +25,21 @@ class PackedLinear(nn.Module):
     # transformers' tensor parallelism then runs forward on local tensors and does the all-reduce and bias outside
     _hf_quantized_needs_local_tp = True
     cut: str  # how a tensor-parallel slice is taken; see integrations.transformers
+    qweight: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.backend = "exact"  # which kernel runs; see kernels
+
+    def group_rows(self) -> None:
+        """Put the weights as the C kernels read them, if those run here and read them at all."""
+        if self.qweight.device.type == "cpu" and not why_not_grouped():
+            self.replace(**self.grouped())
+
+    def grouped(self) -> dict[str, torch.Tensor]:
+        """The tensors that `group_rows` replaces."""
+        raise NotImplementedError
 
     def replace(self, **tensors: torch.Tensor) -> None:
         """Other tensors under the public names."""
@@ -100,6 +111,10 @@ class QuantLinear(PackedLinear):
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
+    def grouped(self) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.data for name, tensor in self.named_parameters(recurse=False)}
+        return self.layout.group_rows(tensors, self.spec) or {}
+
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
         assert self.g_idx is not None
@@ -109,8 +124,9 @@ class QuantLinear(PackedLinear):
         """x [..., K] -> [..., N]."""
         if self.perm is not None:
             x = x[..., self.perm]
+        version, backend = self.layout.zeros_version, self.backend
         y: torch.Tensor = gptq_linear(
-            x, self.qweight, self.scales, self.qzeros, self.g_idx, self.spec.bits, self.layout.zeros_version
+            x, self.qweight, self.scales, self.qzeros, self.g_idx, self.spec.bits, version, backend
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -122,7 +138,6 @@ class Mix64Linear(PackedLinear):
     """A linear layer over `mix64` tensors; empty until `replace` gives it a matrix's, or a rank's slice of them."""
 
     cut = "ours"
-    qweight: nn.Parameter
     strip_order: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -131,6 +146,16 @@ class Mix64Linear(PackedLinear):
         self.spec = spec
         for suffix in Mix64Layout.suffixes:
             self.register_parameter(suffix, None)
+        self.rows = out_features  # of this rank
+
+    def replace(self, **tensors: torch.Tensor) -> None:
+        if tensors.get("qweight", torch.empty(0)).dim() == 2:
+            self.rows = len(tensors["qweight"])
+        super().replace(**tensors)
+
+    def grouped(self) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.data for name, tensor in self.named_parameters(recurse=False)}
+        return Mix64Layout().group_rows(tensors, self.spec) or {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
@@ -145,8 +170,9 @@ class Mix64Linear(PackedLinear):
             for suffixes in (Mix64Layout.metadata[self.spec.metadata], Mix64Layout.outliers)
         )
         spec = self.spec
+        widths = spec.bits, spec.fraction_4bit, spec.metadata
         y: torch.Tensor = mix64_linear(
-            x, self.qweight, self.qextra, metadata, outliers, spec.bits, spec.fraction_4bit, spec.metadata
+            x, self.qweight, self.qextra, metadata, outliers, self.rows, *widths, self.backend
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

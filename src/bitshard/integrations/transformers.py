@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
+from bitshard.kernels import require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, hoist_gather
@@ -41,14 +42,19 @@ from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
 def load(
-    path: Path, tp_size: int = 1, strategy: Strategy = "tp-aware", dtype: torch.dtype | None = None
+    path: Path,
+    tp_size: int = 1,
+    strategy: Strategy = "tp-aware",
+    dtype: torch.dtype | None = None,
+    backend: str = "exact",
 ) -> PreTrainedModel:
     """A causal language model of the checkpoint `path`, 16-bit or quantized, ready to generate.
 
     tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
-    on a CPU and the checkpoint's own elsewhere. Raises PlanError when the degree or the strategy does not fit, and
-    FormatError or CheckpointError when the files do not hold all of a model that transformers knows.
+    on a CPU and the checkpoint's own elsewhere. backend: see kernels. Raises PlanError when the degree or the strategy
+    does not fit, and FormatError or CheckpointError when the files do not hold all of a model that transformers knows.
     """
+    require_backend(backend)
     checkpoint = Checkpoint.open(path)
     if checkpoint.quantization is not None:
         checkpoint.check_matrices()
@@ -57,7 +63,7 @@ def load(
         dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
     if checkpoint.quantization is not None:
-        config.quantization_config = BitshardConfig(str(path), tp_size, strategy).to_dict()
+        config.quantization_config = BitshardConfig(str(path), tp_size, strategy, backend).to_dict()
     if tp_size > 1:
         require_degree(checkpoint.plan(), tp_size, strategy)
         kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan="auto")
@@ -166,11 +172,13 @@ def _tp_plan(plan: TPPlan) -> dict[str, str]:
 
 @register_quantization_config("bitshard")
 class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How to run a checkpoint: where it is, on how many ranks, with which strategy."""
+    """How to run a checkpoint: where it is, on how many ranks, with which strategy and kernel."""
 
-    def __init__(self, path: str, tp_size: int = 1, strategy: Strategy = "tp-aware", **_: Any) -> None:
+    def __init__(
+        self, path: str, tp_size: int = 1, strategy: Strategy = "tp-aware", backend: str = "exact", **_: Any
+    ) -> None:
         self.quant_method = "bitshard"
-        self.path, self.tp_size, self.strategy = path, tp_size, strategy
+        self.path, self.tp_size, self.strategy, self.backend = path, tp_size, strategy, backend
 
 
 @register_quantizer("bitshard")
@@ -257,6 +265,9 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 linear.order_rows()
                 if linear.cut == "sorted":
                     linear.keep_rows(dist.get_rank(), self.quantization_config.tp_size)
+            linear.backend = self.quantization_config.backend
+            if linear.backend != "reference":
+                linear.group_rows()
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
         return model

@@ -23,7 +23,7 @@ def dequantize(
     """GPTQ tensors to the matrix [K, N] in `dtype`: an exact integer difference times the scale, rounded once."""
     layout = GptqLayout(1) if zeros_version == 1 else GptqLayout(2)
     codes_KN = unpack(qweight, bits, dim=0)
-    zeros_GN = layout.unpack_zeros(qzeros, bits).to(dtype)
+    zeros_GN = (qzeros if qzeros.dtype == torch.uint8 else layout.unpack_zeros(qzeros, bits)).to(dtype)
     scales_GN = scales_GN.to(dtype)
     if g_idx_K is not None:
         g = g_idx_K.long()
@@ -52,6 +52,7 @@ def mix64_linear(
     qextra: torch.Tensor | None,
     metadata: Sequence[torch.Tensor],
     outliers: Sequence[torch.Tensor],
+    out_features: int,
     bits: int,
     fraction_4bit: float,
     metadata_kind: str,
@@ -61,4 +62,6 @@ def mix64_linear(
     tensors = {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
     tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
     tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
+    if qweight.dim() == 3:
+        tensors = layout.ungroup_rows(tensors, out_features)
     return x @ layout.decode(tensors, spec, x.shape[-1]).dequantize(x.dtype).T

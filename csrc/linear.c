@@ -1,0 +1,184 @@
+/* Matrix times tokens, weights packed: y[m, n] = sum over k of x[m, k] * w[n, k].
+
+   Weights are read in groups of 16 rows whose words lie together, so that one vector holds one word of each row and a
+   scale, a zero and a sum are vectors too: no sum runs across lanes. Rows of a group are the lanes, K is walked, up to
+   eight tokens at a time share what was unpacked. Groups are dealt to threads.
+
+   Activations are float32 as they are, or 8-bit: each block of 64 channels has a scale, and a strip's 16 codes meet the
+   weights' in four-byte products. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { ROWS = 16, TILE = 64, MOST_TOKENS = 8, PANEL = 64 };
+
+typedef struct {
+    int64_t n, blocks;       /* rows that are real; blocks of 64 channels */
+    int32_t wide;            /* 4-bit strips in each block, the first ones */
+    const int32_t *qweight;  /* [groups, blocks, 4, ROWS] */
+    const int32_t *qextra;   /* [groups, blocks, wide, ROWS] */
+    const uint16_t *qscales; /* [groups, blocks, ROWS] */
+    const uint8_t *qzeros;   /* [groups, blocks, ROWS] */
+    const float *scales2;    /* [tiles, blocks, 4, 2]: step, offset */
+    const int32_t *outlier_rows;     /* CSR over real rows, or NULL */
+    const uint16_t *outlier_columns;
+    const uint16_t *outlier_values;  /* float16 */
+} mix64;
+
+typedef struct {
+    int64_t n, k, group_size;   /* group_size divides k */
+    int32_t bits;
+    const int32_t *qweight;     /* [k * bits / 32, n] */
+    const float *scales;        /* [k / group_size, n] */
+    const uint8_t *zeros;       /* [k / group_size, n] */
+} gptq;
+
+typedef struct {
+    const float *exact; /* [M, K] */
+    int32_t *codes;     /* [M, K / 4] of four signed bytes each, in the order of each strip's words; NULL: use `exact` */
+    float *scales;      /* [M, K / block] */
+    float *sums;        /* of codes [M, K / span] */
+    int64_t k, block, span;
+} activations;
+
+#if defined(__x86_64__)
+#define ISA 3
+#include "linear.inc.c"
+#define ISA 2
+#include "linear.inc.c"
+#define ISA 1
+#include "linear.inc.c"
+#endif
+#define ISA 0
+#include "linear.inc.c"
+
+/* By bits: the channel of each byte of 16 (of 3 bits, 32) channels' codes, as the shifts in linear.inc.c take them apart. */
+static const uint8_t orders[9][32] = {
+    [2] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
+    [3] = {0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31},
+    [4] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15},
+    [8] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+};
+
+/* One token's codes. bits: of the four strips of each 64 channels. */
+static void quantize(const activations *a, int64_t m, const int *bits) {
+    int8_t natural[64], *codes = (int8_t *)a->codes + m * a->k;
+    for (int64_t start = 0; start < a->k; start += a->block) {
+        const float *x = a->exact + m * a->k + start;
+        float most = 0;
+        for (int64_t i = 0; i < a->block; i++) most = fmaxf(most, fabsf(x[i]));
+        float inverse = most > 0 ? 127 / most : 0;
+        a->scales[(m * a->k + start) / a->block] = most / 127;
+        for (int64_t i = 0; i < a->block; i++) natural[i] = (int8_t)lrintf(x[i] * inverse);
+        for (int64_t i = 0, step; i < a->block; i += step) {
+            int width = bits[(start + i) / 16 % 4];
+            step = width == 3 ? 32 : 16;
+            for (int64_t j = 0; j < step; j++) codes[start + i + j] = natural[i + orders[width][j]];
+        }
+        for (int64_t i = 0; i < a->block; i += a->span) {
+            int32_t sum = 0;
+            for (int64_t j = 0; j < a->span; j++) sum += natural[i + j];
+            a->sums[(m * a->k + start + i) / a->span] = (float)sum;
+        }
+    }
+}
+
+/* 3: AVX-512 with VNNI; 2: AVX-512; 1: AVX2; 0: any processor. */
+int bitshard_instruction_set(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+typedef void kernel(const void *, int64_t, const activations *, int64_t, int64_t, float *);
+#if defined(__x86_64__)
+static kernel *const mix64_kernels[] = {mix64_rows_isa0, mix64_rows_isa1, mix64_rows_isa2, mix64_rows_isa3};
+static kernel *const gptq_kernels[] = {gptq_columns_isa0, gptq_columns_isa1, gptq_columns_isa2, gptq_columns_isa3};
+#else
+static kernel *const mix64_kernels[] = {mix64_rows_isa0};
+static kernel *const gptq_kernels[] = {gptq_columns_isa0};
+#endif
+
+static float half(uint16_t bits) {
+    uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float value = exponent ? ldexpf(1 + mantissa / 1024.0f, (int)exponent - 15) : ldexpf(mantissa, -24);
+    return bits >> 15 ? -value : value;
+}
+
+static void add_outliers(const mix64 *w, const float *x, float *y, int64_t row, int64_t tokens) {
+    for (int32_t i = w->outlier_rows[row]; i < w->outlier_rows[row + 1]; i++) {
+        float value = half(w->outlier_values[i]);
+        for (int64_t m = 0; m < tokens; m++) y[m * w->n + row] += value * x[m * w->blocks * 64 + w->outlier_columns[i]];
+    }
+}
+
+/* y [M, n] = x times w, sixteen output channels at a time; a last group that is not whole ends where the last but one
+   would, for GPTQ, whose columns lie side by side, and beyond n, for mix64, which has rows of zeros there. */
+static int multiply(kernel *run, const void *w, const mix64 *mixed, int64_t n, activations *a, const int *bits,
+                    float *y, int64_t tokens, int bits8, int threads) {
+    if (bits8) {
+        a->codes = malloc(tokens * a->k);
+        a->scales = malloc(tokens * (a->k / a->block + a->k / a->span) * sizeof(float));
+        if (!a->codes || !a->scales) return free(a->codes), free(a->scales), -1;
+        a->sums = a->scales + tokens * (a->k / a->block);
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (bits8) {
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < tokens; m++) quantize(a, m, bits);
+        }
+        for (int64_t panel = 0; panel < tokens; panel += PANEL) {
+            int64_t end = tokens - panel < PANEL ? tokens : panel + PANEL;
+#pragma omp for schedule(static) nowait
+            for (int64_t group = 0; group < (n + ROWS - 1) / ROWS; group++) {
+                int64_t first = group * ROWS, rows = n - first < ROWS ? n - first : ROWS, back = mixed ? 0 : ROWS - rows;
+                for (int64_t m = panel, step; m < end; m += step) {
+                    float out[MOST_TOKENS * ROWS];
+                    step = mixed && end - m >= 8 ? 8 : end - m >= 4 ? 4 : 1;
+                    run(w, mixed ? group : first - back, a, m, step, out);
+                    for (int64_t t = 0; t < step; t++)
+                        memcpy(y + (m + t) * n + first, out + t * ROWS + back, rows * sizeof(float));
+                }
+                if (mixed && mixed->outlier_rows)
+                    for (int64_t row = first; row < first + rows; row++)
+                        add_outliers(mixed, a->exact + panel * a->k, y + panel * n, row, end - panel);
+            }
+        }
+    }
+    free(a->codes), free(a->scales);
+    return 0;
+}
+
+/* y [M, n] = x [M, 64 * blocks] times w, all float32. bits8: activations rounded to 8 bits. outlier_rows may be NULL.
+   Returns 0, or -1 when there is no memory. */
+int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t blocks, int wide, const int32_t *qweight,
+                   const int32_t *qextra, const uint16_t *qscales, const uint8_t *qzeros, const float *scales2,
+                   const int32_t *outlier_rows, const uint16_t *outlier_columns, const uint16_t *outlier_values,
+                   int bits8, int isa, int threads) {
+    mix64 w = {n, blocks, wide, qweight, qextra, qscales, qzeros, scales2, outlier_rows, outlier_columns, outlier_values};
+    activations a = {.exact = x, .k = blocks * 64, .block = 64, .span = 16};
+    int bits[4];
+    for (int s = 0; s < 4; s++) bits[s] = s < wide ? 4 : 2;
+    return multiply(mix64_kernels[isa], &w, &w, n, &a, bits, y, tokens, bits8, threads);
+}
+
+/* y [M, n] = x [M, k] times w. n is at least 16; k and group_size are whole strips of 16 channels, of 32 for 3 bits. */
+int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k, int64_t group_size, int width,
+                  const int32_t *qweight, const float *scales, const uint8_t *zeros, int bits8, int isa, int threads) {
+    gptq w = {n, k, group_size, width, qweight, scales, zeros};
+    int64_t block = 64;
+    while (group_size % block) block /= 2;
+    activations a = {.exact = x, .k = k, .block = block, .span = block};
+    int bits[4] = {width, width, width, width};
+    return multiply(gptq_kernels[isa], &w, NULL, n, &a, bits, y, tokens, bits8, threads);
+}

@@ -1,0 +1,232 @@
+/* The kernels, once for each instruction set; see linear.c. */
+
+#include "simd.h"
+
+#define LOAD(type, pointer) (*(const FN(type) *)(pointer))
+
+/* LANES rows' words of one strip of 16 channels, and what its codes mean. */
+typedef struct {
+    int wide; /* 4-bit codes in two words, not 2-bit ones in one */
+    VI word[2];
+    VF scale, zero;
+} FN(strip);
+
+/* Strip s of block b for the rows of a group from `first` on. */
+INLINE FN(strip) FN(mix64_strip)(const mix64 *w, int64_t group, int64_t b, int s, int first) {
+    int64_t at = group * w->blocks + b, tile = group * ROWS / TILE;
+    const float *second = w->scales2 + 2 * ((tile * w->blocks + b) * 4 + s);
+    VI scale_codes = __builtin_convertvector(LOAD(vu16_mem, w->qscales + at * ROWS + first), VI);
+    VI zero_codes = __builtin_convertvector(LOAD(vu8_mem, w->qzeros + at * ROWS + first), VI);
+    FN(strip) strip = {.wide = s < w->wide};
+    strip.word[0] = (VI)LOAD(vi_mem, w->qweight + (at * 4 + s) * ROWS + first);
+    if (strip.wide) strip.word[1] = (VI)LOAD(vi_mem, w->qextra + (at * w->wide + s) * ROWS + first);
+    strip.scale = FN(half)(__builtin_convertvector((scale_codes >> (4 * s)) & 15, VF) * second[0] + second[1]);
+    strip.zero = __builtin_convertvector(((zero_codes >> (2 * s)) & 3) + (strip.wide ? 6 : 0), VF);
+    return strip;
+}
+
+/* Codes of four channels in the bytes of each lane: which ones, `order` in linear.c says. */
+INLINE VI FN(codes)(const FN(strip) *strip, int j) {
+    if (strip->wide) return (strip->word[j / 2] >> (4 * (j % 2))) & 0x0F0F0F0F;
+    return (strip->word[0] >> (2 * j)) & 0x03030303;
+}
+
+/* The code of channel i less its zero. */
+INLINE VF FN(code)(const FN(strip) *strip, int i) {
+    VI code = strip->wide ? (strip->word[i / 8] >> (4 * (i % 8))) & 15 : (strip->word[0] >> (2 * i)) & 3;
+    return __builtin_convertvector(code, VF) - strip->zero;
+}
+
+/* y [T, ROWS] of one group of rows, 8-bit activations of T tokens from token m on. */
+INLINE void FN(mix64_int8)(const mix64 *w, int64_t group, const activations *a, int64_t m, int T, float *y) {
+    for (int first = 0; first < ROWS; first += LANES) {
+        VF sum[MOST_TOKENS] = {0};
+        for (int64_t b = 0; b < w->blocks; b++) {
+            VF block[MOST_TOKENS] = {0};
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+                FN(strip) strip = FN(mix64_strip)(w, group, b, s, first);
+                VF offset = strip.zero * strip.scale;
+                VI codes[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) codes[j] = FN(codes)(&strip, j);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    int64_t at = ((m + t) * w->blocks + b) * 4 + s;
+                    VI dot = {0};
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) dot = FN(dot4)(dot, codes[j], a->codes[4 * at + j]);
+                    block[t] += __builtin_convertvector(dot, VF) * strip.scale;
+                    block[t] -= offset * a->sums[at];
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) sum[t] += block[t] * a->scales[(m + t) * w->blocks + b];
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem))sum[t];
+    }
+}
+
+/* The same with activations [T, K] as they are. */
+INLINE void FN(mix64_float)(const mix64 *w, int64_t group, const float *x, int T, float *y) {
+    int64_t k = w->blocks * 64;
+    for (int first = 0; first < ROWS; first += LANES) {
+        VF sum[MOST_TOKENS] = {0};
+        for (int64_t b = 0; b < w->blocks; b++) {
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+                FN(strip) strip = FN(mix64_strip)(w, group, b, s, first);
+                VF part[MOST_TOKENS] = {0};
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) {
+                    VF code = FN(code)(&strip, i);
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) part[t] += code * x[t * k + 64 * b + 16 * s + i];
+                }
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) sum[t] += part[t] * strip.scale;
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem))sum[t];
+    }
+}
+
+static TARGET void FN(mix64_rows)(const void *weight, int64_t group, const activations *a, int64_t m, int64_t tokens, float *y) {
+    const mix64 *w = weight;
+    const float *x = a->exact + m * w->blocks * 64;
+    if (a->codes) {
+        if (tokens == 8) FN(mix64_int8)(w, group, a, m, 8, y);
+        else if (tokens == 4) FN(mix64_int8)(w, group, a, m, 4, y);
+        else FN(mix64_int8)(w, group, a, m, 1, y);
+    } else {
+        if (tokens == 8) FN(mix64_float)(w, group, x, 8, y);
+        else if (tokens == 4) FN(mix64_float)(w, group, x, 4, y);
+        else FN(mix64_float)(w, group, x, 1, y);
+    }
+}
+
+/* GPTQ. A unit is what begins and ends with a word: 16, 32, 8, 4 channels for 2, 3, 4, 8 bits. */
+typedef struct {
+    VI word[3]; /* of 3 bits, the four runs of 24 bits that 3 words hold are made of them */
+    VI last;
+} FN(unit);
+
+INLINE FN(unit) FN(gptq_unit)(const gptq *w, int bits, int64_t unit, int64_t column) {
+    const int32_t *words = w->qweight + unit * (bits == 3 ? 3 : 1) * w->n + column;
+    FN(unit) u;
+    u.word[0] = (VI)LOAD(vi_mem, words);
+    if (bits == 3) {
+        VI second = (VI)LOAD(vi_mem, words + w->n), third = (VI)LOAD(vi_mem, words + 2 * w->n);
+        u.word[2] = ((second >> 16) & 0xFFFF) | (third << 16);
+        u.word[1] = ((u.word[0] >> 24) & 0xFF) | (second << 8);
+        u.last = (third >> 8) & 0xFFFFFF;
+    }
+    return u;
+}
+
+/* Codes of four channels in the bytes of each lane; of 8-bit ones the low (j = 0) or high halves. */
+INLINE VI FN(gptq_codes)(const FN(unit) *u, int bits, int j) {
+    if (bits == 2) return (u->word[0] >> (2 * j)) & 0x03030303;
+    if (bits != 3) return (u->word[0] >> (4 * j)) & 0x0F0F0F0F;
+    return ((u->word[0] >> (3 * j)) & 7) | (((u->word[1] >> (3 * j)) & 7) << 8) | (((u->word[2] >> (3 * j)) & 7) << 16) |
+           (((u->last >> (3 * j)) & 7) << 24);
+}
+
+INLINE VI FN(gptq_code)(const FN(unit) *u, int bits, int i) {
+    if (bits == 3) return ((i < 24 ? u->word[i / 8] : u->last) >> (3 * (i % 8))) & 7;
+    return (u->word[0] >> (bits * i)) & ((1 << bits) - 1);
+}
+
+INLINE VF FN(gptq_zero)(const gptq *w, int64_t group, int64_t column) {
+    return __builtin_convertvector(__builtin_convertvector(LOAD(vu8_mem, w->zeros + group * w->n + column), VI), VF);
+}
+
+/* y [T, ROWS] of 16 columns, the same two ways as above. */
+INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t column, const activations *a, int64_t m, int T, float *y) {
+    int channels = bits == 3 ? 32 : 32 / bits, steps = bits == 8 ? 2 : channels / 4;
+    int64_t blocks = w->k / a->block, per_group = w->group_size / a->block;
+    for (int first = 0; first < ROWS; first += LANES) {
+        VF sum[MOST_TOKENS] = {0};
+        for (int64_t group = 0; group < w->k / w->group_size; group++) {
+            VF scale = (VF)LOAD(vf_mem, w->scales + group * w->n + column + first);
+            VF zero = FN(gptq_zero)(w, group, column + first), part[MOST_TOKENS] = {0};
+            for (int64_t b = group * per_group; b < (group + 1) * per_group; b++) {
+                VI dot[MOST_TOKENS] = {0};
+                for (int64_t unit = b * a->block / channels; unit < (b + 1) * a->block / channels; unit++) {
+                    FN(unit) u = FN(gptq_unit)(w, bits, unit, column + first);
+#pragma GCC unroll 8
+                    for (int j = 0; j < steps; j++) {
+                        VI codes = FN(gptq_codes)(&u, bits, j);
+#pragma GCC unroll 4
+                        for (int t = 0; t < T; t++) {
+                            const int32_t *x = a->codes + ((m + t) * w->k + unit * channels) / 4;
+                            if (bits == 8 && j) dot[t] += FN(dot4)((VI){0}, codes, x[0]) << 4;
+                            else dot[t] = FN(dot4)(dot[t], codes, x[j]);
+                        }
+                    }
+                }
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    int64_t at = (m + t) * blocks + b; /* of scales and sums alike */
+                    part[t] += (__builtin_convertvector(dot[t], VF) - zero * a->sums[at]) * a->scales[at];
+                }
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) sum[t] += part[t] * scale;
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem))sum[t];
+    }
+}
+
+INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t column, const float *x, int T, float *y) {
+    int channels = bits == 3 ? 32 : 32 / bits;
+    int64_t per_group = w->group_size / channels;
+    for (int first = 0; first < ROWS; first += LANES) {
+        VF sum[MOST_TOKENS] = {0};
+        for (int64_t group = 0; group < w->k / w->group_size; group++) {
+            VF scale = (VF)LOAD(vf_mem, w->scales + group * w->n + column + first);
+            VF zero = FN(gptq_zero)(w, group, column + first), part[MOST_TOKENS] = {0};
+            for (int64_t unit = group * per_group; unit < (group + 1) * per_group; unit++) {
+                FN(unit) u = FN(gptq_unit)(w, bits, unit, column + first);
+#pragma GCC unroll 32
+                for (int i = 0; i < channels; i++) {
+                    VF code = __builtin_convertvector(FN(gptq_code)(&u, bits, i), VF) - zero;
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; t++) part[t] += code * x[t * w->k + unit * channels + i];
+                }
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) sum[t] += part[t] * scale;
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem))sum[t];
+    }
+}
+
+#define BITS(b)                                                                                     \
+    if (w->bits == b) {                                                                             \
+        if (a->codes && tokens == 4) FN(gptq_int8)(w, b, column, a, m, 4, y);                       \
+        else if (a->codes) FN(gptq_int8)(w, b, column, a, m, 1, y);                                 \
+        else if (tokens == 4) FN(gptq_float)(w, b, column, a->exact + m * w->k, 4, y);              \
+        else FN(gptq_float)(w, b, column, a->exact + m * w->k, 1, y);                               \
+    }
+
+static TARGET void FN(gptq_columns)(const void *weight, int64_t column, const activations *a, int64_t m, int64_t tokens, float *y) {
+    const gptq *w = weight;
+    BITS(2) BITS(3) BITS(4) BITS(8)
+}
+#undef BITS
+
+#undef ISA
+#undef LANES
+#undef TARGET
+#undef JOIN_
+#undef JOIN
+#undef FN
+#undef INLINE
+#undef VI
+#undef VF
+#undef LOAD

@@ -1,0 +1,66 @@
+/* What a kernel needs of an instruction set. linear.inc.c is compiled once for each of these; everything else in it is
+   GNU C's vector arithmetic, which the compiler maps onto the target that TARGET names.
+
+   LANES    32-bit numbers in a vector; 16 rows of a weight are 16 / LANES vectors
+   dot4     d + for each lane the sum over its four bytes of unsigned q (at most 15) times signed x
+   half     each lane rounded to float16, nearest even */
+
+#if ISA == 3
+#define LANES 16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+#elif ISA == 2
+#define LANES 16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+#elif ISA == 1
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#else
+#define LANES 4
+#define TARGET
+#endif
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FN(name) JOIN(name##_isa, ISA)
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+typedef int32_t FN(vi) __attribute__((vector_size(4 * LANES)));
+typedef float FN(vf) __attribute__((vector_size(4 * LANES)));
+typedef int32_t FN(vi_mem) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float FN(vf_mem) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t FN(vu16_mem) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t FN(vu8_mem) __attribute__((vector_size(LANES), aligned(1), may_alias));
+#define VI FN(vi)
+#define VF FN(vf)
+
+#if ISA == 3
+INLINE VI FN(dot4)(VI d, VI q, int32_t x) { return (VI)_mm512_dpbusd_epi32((__m512i)d, (__m512i)q, _mm512_set1_epi32(x)); }
+#elif ISA == 2
+INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi32(x)); /* at most 2 * 15 * 127: no saturation */
+    return d + (VI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif ISA == 1
+INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)q, _mm256_set1_epi32(x));
+    return d + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
+    for (int byte = 0; byte < 4; byte++) d += ((q >> (8 * byte)) & 255) * (int32_t)(int8_t)(x >> (8 * byte));
+    return d;
+}
+#endif
+
+#if ISA >= 2
+INLINE VF FN(half)(VF v) { return (VF)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+#elif ISA == 1
+INLINE VF FN(half)(VF v) { return (VF)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+INLINE VF FN(half)(VF v) {
+    VI bits = (VI)v, normal = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF;
+    VF subnormal = (v + 0.75f) - 0.75f; /* float32's step between 1/2 and 1 is float16's smallest, 2^-24 */
+    VI small = (bits & 0x7FFFFFFF) < 0x38800000; /* below 2^-14 */
+    return (VF)((small & (VI)subnormal) | (~small & normal));
+}
+#endif

@@ -1,0 +1,200 @@
+"""Every kernel against the dequantized matrix, on the layers that use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bitshard.errors import SpecError
+from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu
+from bitshard.layout import GptqLayout, Mix64Layout
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
+from bitshard.quantized import QuantizedWeight
+from bitshard.spec import MixSpec, QuantSpec
+from factory import random_mixed_weight
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SETS = range(cpu.instruction_set() + 1 if cpu.library() is not None else 0)
+MIXED = [
+    (spec, n, k, outliers)
+    for spec in (*(MixSpec(2, fraction) for fraction in (0.0, 0.25, 0.5, 1.0)), MixSpec(4, 0.0))
+    for n, k in ((67, 90), (16, 64), (5, 192), (192, 576))
+    for outliers in ((0.0, 0.05) if 2 in spec.widths else (0.0,))
+]
+GPTQ = [
+    (QuantSpec(bits, group_size, sym), n, k)
+    for bits in (2, 3, 4, 8)
+    for sym in (True, False)
+    for group_size, n, k in ((32, 32, 96), (128, 96, 384), (-1, 64, 160), (96, 160, 288))
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=SETS, ids=lambda i: cpu.INSTRUCTION_SETS[i])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", lambda: request.param)
+
+
+def mixed(spec: MixSpec, n: int, k: int, outliers: float) -> tuple[Mix64Linear, torch.Tensor]:
+    """A layer in which a strip order goes with outliers, and its matrix [K, N]."""
+    generator = torch.Generator().manual_seed(n)
+    weight = random_mixed_weight(n, k, spec, generator, outliers=outliers, ordered=not outliers)
+    linear = Mix64Linear(k, n, spec)
+    linear.replace(**Mix64Layout().pack(weight))
+    return linear, weight.dequantize().T
+
+
+def gptq(spec: QuantSpec, n: int, k: int, gathered: bool = False) -> tuple[QuantLinear, torch.Tensor]:
+    generator, groups = torch.Generator().manual_seed(n), k // spec.group(k)
+    codes_KN = torch.randint(0, spec.max_code + 1, (k, n), dtype=torch.uint8, generator=generator)
+    zeros_GN = torch.full((groups, n), 1 << (spec.bits - 1), dtype=torch.uint8)
+    if not spec.sym:
+        zeros_GN = torch.randint(1, spec.max_code + 1, (groups, n), dtype=torch.uint8, generator=generator)
+    scales_GN = (0.01 + 0.01 * torch.rand(groups, n, generator=generator)).half()
+    g_idx_K = torch.arange(k, dtype=torch.int32) // spec.group(k)
+    if gathered:
+        g_idx_K = g_idx_K[torch.randperm(k, generator=generator)]
+    weight, layout = QuantizedWeight(spec, codes_KN, scales_GN, zeros_GN, g_idx_K), GptqLayout(1 if spec.sym else 2)
+    linear = QuantLinear(k, n, spec, layout, False, torch.float32)
+    linear.replace(**layout.pack(weight))
+    linear.order_rows()
+    return linear, weight.dequantize()
+
+
+def check(linear: PackedLinear, W_KN: torch.Tensor, dtype: torch.dtype, tokens: tuple[int, ...]) -> None:
+    """Identity bit for bit, and of random tokens an error at most twice torch's; int8 within half a step of each x."""
+    k, n = W_KN.shape
+    linear.group_rows()
+    linear.backend = "cpu"
+    assert torch.equal(linear(torch.eye(k, dtype=dtype)), W_KN.to(dtype))
+    x_MK = torch.randn(sum(tokens), k, generator=torch.Generator().manual_seed(n)).to(dtype)
+    exact_MN = x_MK.double() @ W_KN.double()
+    torchs_MN, y_MN = x_MK @ W_KN.to(dtype), torch.cat([linear(x) for x in x_MK.split(tokens)])
+    assert y_MN.dtype == dtype
+    assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
+    linear.backend = "cpu-int8"
+    y_MN = torch.cat([linear(x) for x in x_MK.split(tokens)])
+    # a block's step is a 127th of its largest x, and no block has a larger one than its token
+    most_MN = x_MK.double().abs().amax(1, keepdim=True) / 254 * W_KN.double().abs().sum(0)
+    assert ((y_MN - exact_MN).abs() <= most_MN + torch.finfo(dtype).eps * exact_MN.abs() + 1e-6).all()
+    assert (y_MN - exact_MN).norm() < 0.01 * (x_MK.double().norm(dim=1)[:, None] * W_KN.double().norm(dim=0)).norm()
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "n", "k", "outliers"), MIXED, ids=str)
+def test_mix64(spec: MixSpec, n: int, k: int, outliers: float, dtype: torch.dtype) -> None:
+    check(*mixed(spec, n, k, outliers), dtype, (1, 3, 4, 13))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "n", "k"), GPTQ, ids=str)
+def test_gptq(spec: QuantSpec, n: int, k: int, dtype: torch.dtype) -> None:
+    check(*gptq(spec, n, k), dtype, (1, 3, 4, 13))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gathered_gptq(bits: int) -> None:
+    check(*gptq(QuantSpec(bits, 32), 64, 128, gathered=True), torch.float32, (1, 5))
+
+
+def layers() -> list[tuple[PackedLinear, torch.Tensor]]:
+    return [mixed(MixSpec(), 67, 90, 0.05), gptq(QuantSpec(4, 32), 64, 96)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_many_tokens_are_the_same_tokens_one_by_one(which: int) -> None:
+    """More than a panel, by every number of threads."""
+    linear, W_KN = layers()[which]
+    linear.group_rows()
+    x_MK, threads = torch.randn(131, len(W_KN), generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    for linear.backend in ("cpu", "cpu-int8"):
+        one_by_one = torch.cat([linear(x[None]) for x in x_MK])
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = linear(x_MK)
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference"])
+def test_any_shape_and_stride(which: int, backend: str) -> None:
+    linear, W_KN = layers()[which]
+    linear.group_rows()
+    linear.backend = backend
+    k, n = W_KN.shape
+    x = torch.randn(2, 3, 2 * k, generator=torch.Generator().manual_seed(0))[..., ::2]
+    assert not x.is_contiguous() and torch.equal(linear(x), linear(x.contiguous()))
+    assert linear(x[:, :0]).shape == (2, 0, n) and linear(x[0, 0]).shape == (n,)
+    assert torch.equal(linear(torch.zeros(1, k)), torch.zeros(1, n))
+
+
+def test_the_reference_reads_grouped_rows_too() -> None:
+    for linear, W_KN in layers():
+        eye = torch.eye(len(W_KN))
+        assert torch.equal(linear(eye), W_KN)
+        linear.group_rows()
+        linear.backend = "reference"
+        assert torch.equal(linear(eye), W_KN)
+
+
+def test_what_the_kernels_cannot_read_stays_as_it_is() -> None:
+    for linear, W_KN in (
+        mixed(MixSpec(3, 0.0), 67, 90, 0.0),
+        mixed(MixSpec(2, 0.25, "paper"), 67, 90, 0.0),
+        gptq(QuantSpec(4, 8), 64, 96),
+        gptq(QuantSpec(3, 48), 64, 96),
+        gptq(QuantSpec(4, 32), 8, 96),
+    ):
+        before = linear.qweight.data
+        linear.group_rows()
+        assert linear.qweight.data.data_ptr() == before.data_ptr() or torch.equal(linear.qweight.data, before)
+        assert torch.equal(linear(torch.eye(len(W_KN))), W_KN)
+
+
+def test_the_choice() -> None:
+    assert choose(True, 1, "auto") == choose(True, MOST_INT8_TOKENS, "auto") == "cpu-int8"
+    assert choose(True, MOST_INT8_TOKENS + 1, "auto") == choose(True, 1, "exact") == "cpu"
+    assert choose(False, 1, "auto") == choose(False, 1, "exact") == choose(True, 1, "reference") == "reference"
+    with pytest.raises(SpecError, match="found 'gpu'; allowed: exact, auto, cpu-int8, cpu, reference"):
+        choose(True, 1, "gpu")
+    with pytest.raises(SpecError, match="cpu for weights as the file has them; allowed: reference"):
+        choose(False, 1, "cpu")
+
+
+def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    linear, W_KN = layers()[0]
+    linear.group_rows()
+    assert linear.qweight.dim() == 2 and torch.equal(linear(torch.eye(len(W_KN))), W_KN)
+    with pytest.raises(SpecError, match="install bitshard where there is a C compiler"):
+        choose(False, 1, "cpu")
+
+
+def test_compiled_without_a_break() -> None:
+    for linear, W_KN in layers():
+        linear.group_rows()
+        x = torch.randn(3, len(W_KN))
+        assert torch.equal(torch.compile(linear, fullgraph=True, backend="eager")(x), linear(x))
+
+
+def test_one_thread_pool() -> None:
+    """The kernels' OpenMP is torch's own, so that no second pool of threads competes with it."""
+    code = "from bitshard.kernels import cpu; cpu.library(); print(open('/proc/self/maps').read())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert len({line.split()[-1] for line in found.splitlines() if "libgomp" in line}) == 1
