@@ -29,7 +29,7 @@ ENGINES = {
     "transformers": {"blockwise", "evaluate", "generate", "integrations", "pipeline", "sources", "verify"},
     "huggingface_hub": {"sources"},
     "accelerate": {"blockwise"},
-    "gguf": {"sources"},
+    "gguf": {"bench", "sources"},
     "lm_eval": {"evaluate"},
     "typer": {"cli"},
     "matplotlib": {"bench", "demo", "inspection"},

@@ -516,6 +516,28 @@ def bench_mlp(
         _emit(report.to_dict(), as_json, report.render())
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    shapes: Annotated[str, typer.Option(help="N x K of the matrices.")] = "4096x4096,4096x11008,8192x28672",
+    tokens: Annotated[str, typer.Option(help="M: rows of the input, separated by commas.")] = "1,8,16,32,512",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
+    repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 15,
+    out: Annotated[Path | None, typer.Option(help="Write this .json, and a .png beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every kernel beside torch and ggml in one run, and what memory and arithmetic allow."""
+    from bitshard.bench.kernels import KernelBench
+    from bitshard.bench.kernels import bench_kernels as run
+
+    sizes = []
+    for shape in shapes.split(","):
+        n, _, k = shape.partition("x")
+        sizes.append((_numbers("--shapes", n)[0], _numbers("--shapes", k)[0]))
+    config = KernelBench(tuple(sizes), _numbers("--tokens", tokens), _numbers("--threads", threads), repetitions)
+    report = run(config, out, _progress)
+    _emit(report.to_dict(), as_json, report.render())
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas; anything else is wrong usage."""
     try:

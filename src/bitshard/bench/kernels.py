@@ -1,0 +1,295 @@
+"""`bench kernels`: one matrix times M tokens, every kernel beside what a user would pick instead, and the two floors.
+
+A case's kernels run in turn within one loop. Each has as many copies of its matrix as fill `STREAMED` bytes and takes
+the next one every time, so that weights come from memory, as they do in a model, and not from a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from bitshard.bench import ggml, report
+from bitshard.bench.timing import Call, Times, cpu_seconds
+from bitshard.errors import BenchError, SpecError
+from bitshard.kernels import why_not_grouped
+from bitshard.kernels.reference import dequantize
+from bitshard.layout import GptqLayout, Mix64Layout
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
+from bitshard.progress import Progress, silent
+from bitshard.spec import BLOCK, MixSpec, QuantSpec
+
+STREAMED = 256 << 20  # bytes: eight times this machine's largest cache
+MOST_COPIES = 64
+CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
+MOST_ERROR = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02}  # relative, by what rounds activations
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What to measure. shapes: (N, K), K whole blocks of 64. tokens: M. threads: of torch, and of ggml's own pool."""
+
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 11008), (8192, 28672))
+    tokens: tuple[int, ...] = (1, 8, 16, 32, 512)
+    threads: tuple[int, ...] = (1,)
+    repetitions: int = 15
+
+    def __post_init__(self) -> None:
+        for n, k in self.shapes:
+            if n < 16 or k < BLOCK or k % BLOCK:
+                raise SpecError("shapes", f"{n}x{k}", f"16 or more rows, columns in blocks of {BLOCK}", "choose others")
+        for name in ("tokens", "threads"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise SpecError(name, str(getattr(self, name)), "numbers of 1 or more", "choose others")
+        if self.repetitions < 3:
+            raise SpecError("repetitions", str(self.repetitions), "3 or more", "ask for more")
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Of this machine, measured in the same run: bytes a second read from memory, float32 operations a second."""
+
+    bytes_per_second: float
+    flops: float
+
+    def seconds(self, n: int, k: int, tokens: int, nbytes: int) -> float:
+        return max(nbytes / self.bytes_per_second, 2 * n * k * tokens / self.flops)
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel at one case. nbytes: of its weights. error: relative, of the outputs that were checked."""
+
+    kernel: str
+    n: int
+    k: int
+    tokens: int
+    threads: int
+    nbytes: int
+    error: float
+    times: Times
+
+    @property
+    def weights_per_second(self) -> float:
+        return self.n * self.k * self.tokens / self.times.median * 1e3
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    header: dict[str, Any]
+    config: KernelBench
+    floors: dict[int, Floors]  # by threads
+    rows: list[KernelRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "benchmark": "kernels",
+            "header": self.header,
+            "config": asdict(self.config),
+            "floors": {str(threads): asdict(floors) for threads, floors in self.floors.items()},
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def render(self) -> Table:
+        lines = []
+        for row in self.rows:
+            floor = self.floors[row.threads].seconds(row.n, row.k, row.tokens, row.nbytes)
+            lines.append(
+                (
+                    f"{row.n}x{row.k}, {row.tokens}, {row.threads}", row.kernel, f"{row.times.median:.3g}",
+                    f"{row.times.p10:.3g}-{row.times.p90:.3g}", f"{row.weights_per_second / 1e9:.1f}",
+                    f"{100 * floor * 1e3 / row.times.median:.0f} %",
+                )
+            )  # fmt: skip
+        columns = ("N x K, M, threads", "kernel", "ms", "10-90 %", "Gw/s", "floor")
+        return report.table("one matrix times M tokens", columns, lines, report.caption(self.header))
+
+    def write(self, out: Path) -> None:
+        report.write_json(out, self.to_dict())
+        self.draw(out.with_suffix(".png"))
+
+    def draw(self, path: Path) -> None:
+        """Operations a second over operations a byte, under the two floors; a panel for each number of threads."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6 * len(self.floors) + 1, 5), layout="constrained")
+        axes = figure.subplots(1, len(self.floors), squeeze=False)[0]
+        for axis, (threads, floors) in zip(axes, self.floors.items(), strict=True):
+            for kernel in dict.fromkeys(row.kernel for row in self.rows):
+                own = [row for row in self.rows if (row.kernel, row.threads) == (kernel, threads)]
+                x = [2 * row.n * row.k * row.tokens / row.nbytes for row in own]
+                axis.plot(x, [2 * row.weights_per_second for row in own], "o", markersize=4, label=kernel)
+            ridge, ends = floors.flops / floors.bytes_per_second, (0.4, 2e4)
+            roof = (floors.bytes_per_second * ends[0], floors.flops, floors.flops)
+            axis.plot((ends[0], ridge, ends[1]), roof, "k-", linewidth=1)
+            axis.set(xscale="log", yscale="log", title=f"{threads} threads", xlabel="operations a byte of weights")
+            axis.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("operations a second")
+        figure.axes[0].legend(fontsize=8)
+        figure.supxlabel(report.caption(self.header), fontsize=7)
+        figure.savefig(path, dpi=100)
+
+
+def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progress = silent) -> KernelReport:
+    """Check, then time, and write `out` (.json, and .png beside it) if given. Raises BenchError for a wrong output."""
+    if out is not None:
+        report.require_json_path(out)
+    if why := why_not_grouped():
+        raise BenchError("bench kernels", "no C kernels", "a build that has them", why)
+    header, threads_before, rows = report.header("cpu"), torch.get_num_threads(), []
+    cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
+    floors: dict[int, Floors] = {}
+    try:
+        for threads in config.threads:
+            torch.set_num_threads(threads)
+            floors[threads] = _floors()
+        contenders: dict[tuple[int, int], list[_Contender]] = {}
+        for shape, m, threads in progress(cases, "measuring"):
+            torch.set_num_threads(threads)
+            if shape not in contenders:
+                contenders = {shape: _contenders(*shape)}  # one shape's weights in memory
+            rows += _measure(contenders[shape], shape, m, threads, config.repetitions)
+    finally:
+        torch.set_num_threads(threads_before)
+    header["load_after"] = report.load()
+    result = KernelReport(header, config, floors, rows)
+    if out is not None:
+        result.write(out)
+    return result
+
+
+def _floors() -> Floors:
+    values, square = torch.ones(64 << 20), torch.randn(2048, 2048)
+    read = min(cpu_seconds(values.sum) for _ in range(5))
+    multiply = min(cpu_seconds(lambda: square @ square) for _ in range(5))
+    return Floors(values.nbytes / read, 2 * 2048**3 / multiply)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """prepare(x, threads): a call for each copy of the matrix, and the first one's output once it has been called.
+
+    rounds: key of MOST_ERROR. W_RK: the rows of the matrix that are checked.
+    """
+
+    name: str
+    rounds: str
+    nbytes: int
+    W_RK: torch.Tensor
+    prepare: Callable[[torch.Tensor, int], tuple[list[Call], Callable[[], torch.Tensor]]]
+
+
+def _contenders(n: int, k: int) -> list[_Contender]:
+    found = []
+    for name, (linear, W_RK) in (("mix64", _random_mix64(n, k)), ("gptq 4-bit", _random_gptq(n, k))):
+        nbytes = sum(p.nbytes for p in linear.parameters())
+        copies = [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
+        for backend, rounds in (("cpu-int8", "int8"), ("cpu", "float32")):
+            found.append(_Contender(f"{name} {backend}", rounds, nbytes, W_RK, partial(_packed, copies, backend)))
+    W_NK = torch.randn(n, k)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, rounds = W_NK.to(dtype), str(dtype).removeprefix("torch.")
+        dense = [weight, *(weight.clone() for _ in range(_more(weight.nbytes)))]
+        rows = weight[:CHECKED_ROWS].float()
+        found.append(_Contender(f"torch {rounds}", rounds, weight.nbytes, rows, partial(_dense, dense)))
+    if ggml.libraries() is not None and k % ggml.BLOCK == 0:
+        q2 = ggml.Q2Linear(W_NK, 1 + _more(n * k // ggml.BLOCK * ggml.BLOCK_BYTES))
+        rows = q2.dequantize()[:CHECKED_ROWS]
+        found.append(_Contender("ggml q2_K", "q2_K", q2.nbytes, rows, partial(_ggml, q2)))
+    return found
+
+
+def _more(nbytes: int) -> int:
+    return min(STREAMED // nbytes, MOST_COPIES - 1)
+
+
+def _measure(
+    contenders: list[_Contender], shape: tuple[int, int], m: int, threads: int, repetitions: int
+) -> list[KernelRow]:
+    (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
+    errors, calls = [], []
+    for contender in contenders:
+        copies, output = contender.prepare(x_MK, threads)
+        copies[0]()
+        exact_MR, found_MR = x_MK @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
+        error = float((found_MR - exact_MR).norm() / exact_MR.norm())
+        if not error <= MOST_ERROR[contender.rounds]:
+            where, allowed = f"{contender.name}, {n}x{k}, M={m}", f"{MOST_ERROR[contender.rounds]:g} at most"
+            raise BenchError(where, f"error {error:.2g}", allowed, "nothing of this case was timed")
+        errors.append(error)
+        calls.append(cycle(copies))
+    taken = [[cpu_seconds(next(call)) * 1e3 for call in calls] for _ in range(repetitions + 1)][1:]
+    rows = []
+    for contender, error, own in zip(contenders, errors, zip(*taken, strict=True), strict=True):
+        tenths = quantiles(own, n=10, method="inclusive")
+        times = Times(median(own), tenths[0], tenths[-1])
+        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, times))
+    return rows
+
+
+def _packed(copies: Sequence[PackedLinear], backend: str, x_MK: torch.Tensor, threads: int) -> Any:
+    def multiply(linear: PackedLinear) -> torch.Tensor:
+        linear.backend = backend
+        y_MN: torch.Tensor = linear(x_MK)
+        return y_MN
+
+    return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
+
+
+def _dense(copies: list[torch.Tensor], x_MK: torch.Tensor, threads: int) -> Any:
+    calls = [partial(F.linear, x_MK.to(weight.dtype), weight) for weight in copies]
+    return calls, calls[0]
+
+
+def _ggml(linear: ggml.Q2Linear, x_MK: torch.Tensor, threads: int) -> Any:
+    calls, y_MN = linear.prepare(x_MK, threads)
+    return calls, lambda: y_MN
+
+
+def _random_mix64(n: int, k: int) -> tuple[Mix64Linear, torch.Tensor]:
+    """A layer of random codes of the default spec, and its first rows."""
+    spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator().manual_seed(0)
+    blocks, tiles = spec.blocks(k), spec.tiles(n)
+
+    def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        bounds = torch.iinfo(dtype)
+        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator)
+
+    tensors = {
+        "qweight": integers(torch.int32, n, 4 * blocks),
+        "qextra": integers(torch.int32, n, blocks * spec.extra_words),
+        "qscales": integers(torch.int16, n, blocks),
+        "qzeros": integers(torch.uint8, n, blocks),
+        "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator) * 1e-3).half(),
+    }
+    linear = Mix64Linear(k, n, spec)
+    linear.replace(**tensors)
+    linear.group_rows()
+    rows = layout.cut_columns(tensors, spec, [(0, min(n, CHECKED_ROWS))])
+    return linear, layout.decode(rows, spec, k).dequantize()
+
+
+def _random_gptq(n: int, k: int) -> tuple[QuantLinear, torch.Tensor]:
+    group_size = 128 if k % 128 == 0 else 64
+    spec, generator = QuantSpec(4, group_size), torch.Generator().manual_seed(0)
+    words, groups = k * spec.bits // 32, k // group_size
+    linear = QuantLinear(k, n, spec, GptqLayout(2), False, torch.float32)
+    linear.g_idx = None
+    linear.replace(
+        qweight=torch.randint(-(1 << 31), (1 << 31) - 1, (words, n), dtype=torch.int32, generator=generator),
+        qzeros=torch.full((groups, n * spec.bits // 32), -0x77777778, dtype=torch.int32),  # 8 in every field
+        scales=torch.rand(groups, n, generator=generator) * 1e-2,
+    )
+    linear.group_rows()
+    W_KN = dequantize(linear.qweight, linear.scales, linear.qzeros, None, spec.bits, 2, torch.float32)
+    return linear, W_KN[:, :CHECKED_ROWS].T.contiguous()

@@ -1,0 +1,65 @@
+"""`bench kernels`: every contender checked and timed, and nothing timed that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitshard.bench import ggml, kernels
+from bitshard.bench.kernels import KernelBench, bench_kernels
+from bitshard.errors import BenchError, CheckpointError, SpecError
+from bitshard.kernels import why_not_grouped
+
+pytestmark = pytest.mark.skipif(bool(why_not_grouped()), reason="the C kernels were not built")
+SMALL = KernelBench(((64, 256), (80, 192)), (1, 5), (1, 2), 3)
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "MOST_COPIES", 2)
+
+
+def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    report = bench_kernels(SMALL, tmp_path / "out" / "k.json")
+    ours = [f"{layout} {kernel}" for layout in ("mix64", "gptq 4-bit") for kernel in ("cpu-int8", "cpu")]
+    wanted = [*ours, "torch float32", "torch bfloat16"]
+    for n, k in SMALL.shapes:
+        of_ggml = ["ggml q2_K"] if ggml.libraries() is not None and k % 256 == 0 else []
+        for tokens in SMALL.tokens:
+            for count in SMALL.threads:
+                rows = [r for r in report.rows if (r.n, r.k, r.tokens, r.threads) == (n, k, tokens, count)]
+                assert [row.kernel for row in rows] == wanted + of_ggml
+                assert all(0 < r.times.p10 <= r.times.median <= r.times.p90 and r.error < 0.02 for r in rows)
+    assert torch.get_num_threads() == threads and set(report.floors) == {1, 2}
+    written = json.loads((tmp_path / "out" / "k.json").read_text())
+    assert len(written["rows"]) == len(report.rows) and {"cpu", "commit", "date", "load"} <= written["header"].keys()
+    assert (tmp_path / "out" / "k.png").read_bytes().startswith(b"\x89PNG")
+    assert report.render().row_count == len(report.rows)
+
+
+def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(kernels.MOST_ERROR, "int8", 1e-6)
+    with pytest.raises(BenchError, match="mix64 cpu-int8, 64x256, M=1: found error .*; allowed: 1e-06 at most"):
+        bench_kernels(SMALL, tmp_path / "k.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("shapes", ((4096, 100),)), ("shapes", ((8, 64),)), ("tokens", (0,)), ("threads", ()), ("repetitions", 2)],
+)
+def test_refuses(option: str, value: object) -> None:
+    with pytest.raises(SpecError, match=option):
+        KernelBench(**{option: value})
+
+
+def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="suffix '.txt'"):
+        bench_kernels(SMALL, tmp_path / "k.txt")
+    monkeypatch.setattr(kernels, "why_not_grouped", lambda: "install bitshard where there is a C compiler")
+    with pytest.raises(BenchError, match="no C kernels"):
+        bench_kernels(SMALL)
