@@ -33,9 +33,9 @@ typedef struct {
 typedef struct {
     int64_t n, k, group_size;   /* group_size divides k */
     int32_t bits;
-    const int32_t *qweight;     /* [k * bits / 32, n] */
-    const float *scales;        /* [k / group_size, n] */
-    const uint8_t *zeros;       /* [k / group_size, n] */
+    const int32_t *qweight;     /* [groups of rows, k * bits / 32, ROWS] */
+    const float *scales;        /* [groups of rows, k / group_size, ROWS] */
+    const uint8_t *zeros;       /* [groups of rows, k / group_size, ROWS] */
 } gptq;
 
 typedef struct {
@@ -102,10 +102,10 @@ int bitshard_instruction_set(void) {
 typedef void kernel(const void *, int64_t, const activations *, int64_t, int64_t, float *);
 #if defined(__x86_64__)
 static kernel *const mix64_kernels[] = {mix64_rows_isa0, mix64_rows_isa1, mix64_rows_isa2, mix64_rows_isa3};
-static kernel *const gptq_kernels[] = {gptq_columns_isa0, gptq_columns_isa1, gptq_columns_isa2, gptq_columns_isa3};
+static kernel *const gptq_kernels[] = {gptq_rows_isa0, gptq_rows_isa1, gptq_rows_isa2, gptq_rows_isa3};
 #else
 static kernel *const mix64_kernels[] = {mix64_rows_isa0};
-static kernel *const gptq_kernels[] = {gptq_columns_isa0};
+static kernel *const gptq_kernels[] = {gptq_rows_isa0};
 #endif
 
 static float half(uint16_t bits) {
@@ -121,10 +121,9 @@ static void add_outliers(const mix64 *w, const float *x, float *y, int64_t row, 
     }
 }
 
-/* y [M, n] = x times w, sixteen output channels at a time; a last group that is not whole ends where the last but one
-   would, for GPTQ, whose columns lie side by side, and beyond n, for mix64, which has rows of zeros there. */
-static int multiply(kernel *run, const void *w, const mix64 *mixed, int64_t n, activations *a, const int *bits,
-                    float *y, int64_t tokens, int bits8, int threads) {
+/* y [M, n] = x times w, a group of rows and at most `most` tokens at a time. outliers: NULL, or a weight that may have them. */
+static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outliers, int64_t n, activations *a,
+                    const int *bits, float *y, int64_t tokens, int bits8, int threads) {
     if (bits8) {
         a->codes = malloc(tokens * a->k);
         a->scales = malloc(tokens * (a->k / a->block + a->k / a->span) * sizeof(float));
@@ -141,17 +140,17 @@ static int multiply(kernel *run, const void *w, const mix64 *mixed, int64_t n, a
             int64_t end = tokens - panel < PANEL ? tokens : panel + PANEL;
 #pragma omp for schedule(static) nowait
             for (int64_t group = 0; group < (n + ROWS - 1) / ROWS; group++) {
-                int64_t first = group * ROWS, rows = n - first < ROWS ? n - first : ROWS, back = mixed ? 0 : ROWS - rows;
+                int64_t first = group * ROWS, rows = n - first < ROWS ? n - first : ROWS;
                 for (int64_t m = panel, step; m < end; m += step) {
                     float out[MOST_TOKENS * ROWS];
-                    step = mixed && end - m >= 8 ? 8 : end - m >= 4 ? 4 : 1;
-                    run(w, mixed ? group : first - back, a, m, step, out);
+                    step = end - m >= most ? most : end - m >= 4 ? 4 : 1;
+                    run(w, group, a, m, step, out);
                     for (int64_t t = 0; t < step; t++)
-                        memcpy(y + (m + t) * n + first, out + t * ROWS + back, rows * sizeof(float));
+                        memcpy(y + (m + t) * n + first, out + t * ROWS, rows * sizeof(float));
                 }
-                if (mixed && mixed->outlier_rows)
+                if (outliers && outliers->outlier_rows)
                     for (int64_t row = first; row < first + rows; row++)
-                        add_outliers(mixed, a->exact + panel * a->k, y + panel * n, row, end - panel);
+                        add_outliers(outliers, a->exact + panel * a->k, y + panel * n, row, end - panel);
             }
         }
     }
@@ -169,10 +168,10 @@ int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t 
     activations a = {.exact = x, .k = blocks * 64, .block = 64, .span = 16};
     int bits[4];
     for (int s = 0; s < 4; s++) bits[s] = s < wide ? 4 : 2;
-    return multiply(mix64_kernels[isa], &w, &w, n, &a, bits, y, tokens, bits8, threads);
+    return multiply(mix64_kernels[isa], 8, &w, &w, n, &a, bits, y, tokens, bits8, threads);
 }
 
-/* y [M, n] = x [M, k] times w. n is at least 16; k and group_size are whole strips of 16 channels, of 32 for 3 bits. */
+/* y [M, n] = x [M, k] times w. k and group_size are whole strips of 16 channels, of 32 for 3 bits. */
 int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k, int64_t group_size, int width,
                   const int32_t *qweight, const float *scales, const uint8_t *zeros, int bits8, int isa, int threads) {
     gptq w = {n, k, group_size, width, qweight, scales, zeros};
@@ -180,5 +179,5 @@ int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k
     while (group_size % block) block /= 2;
     activations a = {.exact = x, .k = k, .block = block, .span = block};
     int bits[4] = {width, width, width, width};
-    return multiply(gptq_kernels[isa], &w, NULL, n, &a, bits, y, tokens, bits8, threads);
+    return multiply(gptq_kernels[isa], 4, &w, NULL, n, &a, bits, y, tokens, bits8, threads);
 }

@@ -113,12 +113,12 @@ typedef struct {
     VI last;
 } FN(unit);
 
-INLINE FN(unit) FN(gptq_unit)(const gptq *w, int bits, int64_t unit, int64_t column) {
-    const int32_t *words = w->qweight + unit * (bits == 3 ? 3 : 1) * w->n + column;
+INLINE FN(unit) FN(gptq_unit)(const int32_t *words, int bits, int64_t unit) {
+    words += unit * (bits == 3 ? 3 : 1) * ROWS;
     FN(unit) u;
     u.word[0] = (VI)LOAD(vi_mem, words);
     if (bits == 3) {
-        VI second = (VI)LOAD(vi_mem, words + w->n), third = (VI)LOAD(vi_mem, words + 2 * w->n);
+        VI second = (VI)LOAD(vi_mem, words + ROWS), third = (VI)LOAD(vi_mem, words + 2 * ROWS);
         u.word[2] = ((second >> 16) & 0xFFFF) | (third << 16);
         u.word[1] = ((u.word[0] >> 24) & 0xFF) | (second << 8);
         u.last = (third >> 8) & 0xFFFFFF;
@@ -139,23 +139,25 @@ INLINE VI FN(gptq_code)(const FN(unit) *u, int bits, int i) {
     return (u->word[0] >> (bits * i)) & ((1 << bits) - 1);
 }
 
-INLINE VF FN(gptq_zero)(const gptq *w, int64_t group, int64_t column) {
-    return __builtin_convertvector(__builtin_convertvector(LOAD(vu8_mem, w->zeros + group * w->n + column), VI), VF);
+INLINE VF FN(gptq_zero)(const uint8_t *zeros) {
+    return __builtin_convertvector(__builtin_convertvector(LOAD(vu8_mem, zeros), VI), VF);
 }
 
-/* y [T, ROWS] of 16 columns, the same two ways as above. */
-INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t column, const activations *a, int64_t m, int T, float *y) {
+/* y [T, ROWS] of one group of rows, the same two ways as above. */
+INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t rows, const activations *a, int64_t m, int T, float *y) {
     int channels = bits == 3 ? 32 : 32 / bits, steps = bits == 8 ? 2 : channels / 4;
     int64_t blocks = w->k / a->block, per_group = w->group_size / a->block;
+    int64_t groups = w->k / w->group_size;
+    const int32_t *words = w->qweight + rows * (w->k * bits / 32) * ROWS;
     for (int first = 0; first < ROWS; first += LANES) {
         VF sum[MOST_TOKENS] = {0};
-        for (int64_t group = 0; group < w->k / w->group_size; group++) {
-            VF scale = (VF)LOAD(vf_mem, w->scales + group * w->n + column + first);
-            VF zero = FN(gptq_zero)(w, group, column + first), part[MOST_TOKENS] = {0};
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t at = (rows * groups + group) * ROWS + first;
+            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[MOST_TOKENS] = {0};
             for (int64_t b = group * per_group; b < (group + 1) * per_group; b++) {
                 VI dot[MOST_TOKENS] = {0};
                 for (int64_t unit = b * a->block / channels; unit < (b + 1) * a->block / channels; unit++) {
-                    FN(unit) u = FN(gptq_unit)(w, bits, unit, column + first);
+                    FN(unit) u = FN(gptq_unit)(words + first, bits, unit);
 #pragma GCC unroll 8
                     for (int j = 0; j < steps; j++) {
                         VI codes = FN(gptq_codes)(&u, bits, j);
@@ -181,16 +183,18 @@ INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t column, const activat
     }
 }
 
-INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t column, const float *x, int T, float *y) {
+INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t rows, const float *x, int T, float *y) {
     int channels = bits == 3 ? 32 : 32 / bits;
     int64_t per_group = w->group_size / channels;
+    int64_t groups = w->k / w->group_size;
+    const int32_t *words = w->qweight + rows * (w->k * bits / 32) * ROWS;
     for (int first = 0; first < ROWS; first += LANES) {
         VF sum[MOST_TOKENS] = {0};
-        for (int64_t group = 0; group < w->k / w->group_size; group++) {
-            VF scale = (VF)LOAD(vf_mem, w->scales + group * w->n + column + first);
-            VF zero = FN(gptq_zero)(w, group, column + first), part[MOST_TOKENS] = {0};
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t at = (rows * groups + group) * ROWS + first;
+            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[MOST_TOKENS] = {0};
             for (int64_t unit = group * per_group; unit < (group + 1) * per_group; unit++) {
-                FN(unit) u = FN(gptq_unit)(w, bits, unit, column + first);
+                FN(unit) u = FN(gptq_unit)(words + first, bits, unit);
 #pragma GCC unroll 32
                 for (int i = 0; i < channels; i++) {
                     VF code = __builtin_convertvector(FN(gptq_code)(&u, bits, i), VF) - zero;
@@ -208,13 +212,13 @@ INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t column, const float 
 
 #define BITS(b)                                                                                     \
     if (w->bits == b) {                                                                             \
-        if (a->codes && tokens == 4) FN(gptq_int8)(w, b, column, a, m, 4, y);                       \
-        else if (a->codes) FN(gptq_int8)(w, b, column, a, m, 1, y);                                 \
-        else if (tokens == 4) FN(gptq_float)(w, b, column, a->exact + m * w->k, 4, y);              \
-        else FN(gptq_float)(w, b, column, a->exact + m * w->k, 1, y);                               \
+        if (a->codes && tokens == 4) FN(gptq_int8)(w, b, rows, a, m, 4, y);                       \
+        else if (a->codes) FN(gptq_int8)(w, b, rows, a, m, 1, y);                                 \
+        else if (tokens == 4) FN(gptq_float)(w, b, rows, a->exact + m * w->k, 4, y);              \
+        else FN(gptq_float)(w, b, rows, a->exact + m * w->k, 1, y);                               \
     }
 
-static TARGET void FN(gptq_columns)(const void *weight, int64_t column, const activations *a, int64_t m, int64_t tokens, float *y) {
+static TARGET void FN(gptq_rows)(const void *weight, int64_t rows, const activations *a, int64_t m, int64_t tokens, float *y) {
     const gptq *w = weight;
     BITS(2) BITS(3) BITS(4) BITS(8)
 }

@@ -12,9 +12,9 @@ import torch
 from bitshard.errors import SpecError
 from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu
 from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit
 from bitshard.quantized import QuantizedWeight
-from bitshard.spec import MixSpec, QuantSpec
+from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
 from factory import random_mixed_weight
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built")
@@ -31,7 +31,13 @@ GPTQ = [
     (QuantSpec(bits, group_size, sym), n, k)
     for bits in (2, 3, 4, 8)
     for sym in (True, False)
-    for group_size, n, k in ((32, 32, 96), (128, 96, 384), (-1, 64, 160), (96, 160, 288))
+    for group_size, n, k in (
+        (32, 32, 96),
+        (128, 96, 384),
+        (-1, 64, 160),
+        (96, 160, 288),
+        (64, codes_per_pack(bits), 64),
+    )
 ]
 
 
@@ -159,12 +165,22 @@ def test_what_the_kernels_cannot_read_stays_as_it_is() -> None:
         mixed(MixSpec(2, 0.25, "paper"), 67, 90, 0.0),
         gptq(QuantSpec(4, 8), 64, 96),
         gptq(QuantSpec(3, 48), 64, 96),
-        gptq(QuantSpec(4, 32), 8, 96),
     ):
         before = linear.qweight.data
         linear.group_rows()
         assert linear.qweight.data.data_ptr() == before.data_ptr() or torch.equal(linear.qweight.data, before)
         assert torch.equal(linear(torch.eye(len(W_KN))), W_KN)
+
+
+def test_a_dense_layer_in_eight_bits() -> None:
+    """Half a step of each group of 64 at most, from unit tokens; a bias is kept."""
+    dense = torch.nn.Linear(128, 50)
+    W_NK, linear = dense.weight.detach().clone(), eight_bit(dense)
+    linear.backend = "cpu"
+    assert fits_eight_bit(dense) and not fits_eight_bit(linear) and not fits_eight_bit(torch.nn.Linear(100, 50))
+    found_NK = (linear(torch.eye(128)) - dense.bias).T.detach()
+    most_NG1 = W_NK.view(50, 2, 64).abs().amax(2, keepdim=True)
+    assert ((found_NK - W_NK).view(50, 2, 64).abs() <= most_NG1 / 254 + 1e-7).all()
 
 
 def test_the_choice() -> None:

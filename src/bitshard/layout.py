@@ -161,16 +161,19 @@ class GptqLayout:
         return (qzeros.long() - _ones(bits)).to(torch.int32) if self.zeros_version == 1 else qzeros
 
     def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> dict[str, torch.Tensor] | None:
-        """Scales and zeros as the C kernels read them: float32, and uint8 [G, N] unpacked; codes lie well as they do.
+        """Tensors as the C kernels read them: [C, N] as [N / 16, C, 16], scales float32, zeros uint8, as they may come.
 
         None for what these kernels do not read: irregular groups, groups that are not whole strips of 16 channels (of
-        32 for 3 bits), fewer than 16 output channels.
+        32 for 3 bits).
         """
-        (groups, n), k = tensors["scales"].shape, tensors["qweight"].shape[0] * WORD_BITS // spec.bits
-        if "g_idx" in tensors or n < GROUP_ROWS or (k // groups) % (2 * STRIP if spec.bits == 3 else STRIP):
+        groups, k = tensors["scales"].shape[0], tensors["qweight"].shape[0] * WORD_BITS // spec.bits
+        if "g_idx" in tensors or (k // groups) % (2 * STRIP if spec.bits == 3 else STRIP):
             return None
-        zeros_GN = self.unpack_zeros(tensors["qzeros"], spec.bits).contiguous()
-        return {"qweight": tensors["qweight"].contiguous(), "scales": tensors["scales"].float(), "qzeros": zeros_GN}
+        zeros_GN = tensors["qzeros"]
+        if zeros_GN.dtype != torch.uint8:
+            zeros_GN = self.unpack_zeros(zeros_GN, spec.bits)
+        by_row = {"qweight": tensors["qweight"], "scales": tensors["scales"].float(), "qzeros": zeros_GN}
+        return {suffix: _group(tensor.T) for suffix, tensor in by_row.items()}
 
     def permute_rows(self, qweight: torch.Tensor, bits: int, perm_K: torch.Tensor) -> torch.Tensor:
         """Packed rows in another order, `perm[new] = old`, without the other tensors."""
@@ -319,10 +322,7 @@ class Mix64Layout:
 
     def ungroup_rows(self, tensors: Mapping[str, torch.Tensor], out_features: int) -> dict[str, torch.Tensor]:
         """The inverse of `group_rows`; scales2 stays float32."""
-        return {
-            s: t.transpose(1, 2).flatten(0, 1)[:out_features].contiguous() if s in GROUPED else t
-            for s, t in tensors.items()
-        }
+        return {s: ungroup(t, out_features) if s in GROUPED else t for s, t in tensors.items()}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, in_features: int) -> MixedWeight:
         """`unpack` of tensors that were checked before."""
@@ -477,6 +477,11 @@ def _group(tensor: torch.Tensor) -> torch.Tensor:
     n, columns = tensor.shape
     filled = torch.cat([tensor, tensor.new_zeros(-n % GROUP_ROWS, columns)])
     return filled.view(-1, GROUP_ROWS, columns).transpose(1, 2).contiguous()
+
+
+def ungroup(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """What `group_rows` made of a tensor [N, C], as it was."""
+    return tensor.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def check_g_idx(name: str, g_idx: torch.Tensor, spec: QuantSpec) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitshard.bitpack import packed_length
+from bitshard.bitpack import pack, packed_length
 from bitshard.kernels import gptq_linear, mix64_linear, why_not_grouped
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
@@ -26,19 +26,29 @@ class PackedLinear(nn.Module):
     _hf_quantized_needs_local_tp = True
     cut: str  # how a tensor-parallel slice is taken; see integrations.transformers
     qweight: nn.Parameter
+    rows_dim: int  # of qweight, as the file has it
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.grouped_rows: int | None = None  # how many there are, once `group_rows` has filled them up
         self.backend = "exact"  # which kernel runs; see kernels
+
+    @property
+    def rows(self) -> int:
+        """Output channels that this rank has."""
+        return self.grouped_rows or self.qweight.shape[self.rows_dim]
 
     def group_rows(self) -> None:
         """Put the weights as the C kernels read them, if those run here and read them at all."""
-        if self.qweight.device.type == "cpu" and not why_not_grouped():
-            self.replace(**self.grouped())
+        if self.qweight.device.type != "cpu" or why_not_grouped():
+            return
+        if grouped := self.grouped({name: tensor.data for name, tensor in self.named_parameters(recurse=False)}):
+            self.grouped_rows = self.rows
+            self.replace(**grouped)
 
-    def grouped(self) -> dict[str, torch.Tensor]:
-        """The tensors that `group_rows` replaces."""
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """Its layout's `group_rows`."""
         raise NotImplementedError
 
     def replace(self, **tensors: torch.Tensor) -> None:
@@ -53,6 +63,8 @@ class QuantLinear(PackedLinear):
     After the weights are in, `order_rows` sorts them by group once; from then on every scale is read in order and only
     `perm` is left of `g_idx`: the gather of the input that the file's order asks for, None when there is none.
     """
+
+    rows_dim = 1
 
     def __init__(
         self,
@@ -111,9 +123,8 @@ class QuantLinear(PackedLinear):
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
-    def grouped(self) -> dict[str, torch.Tensor]:
-        tensors = {name: tensor.data for name, tensor in self.named_parameters(recurse=False)}
-        return self.layout.group_rows(tensors, self.spec) or {}
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return self.layout.group_rows(tensors, self.spec)
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
@@ -124,20 +135,43 @@ class QuantLinear(PackedLinear):
         """x [..., K] -> [..., N]."""
         if self.perm is not None:
             x = x[..., self.perm]
-        version, backend = self.layout.zeros_version, self.backend
-        y: torch.Tensor = gptq_linear(
-            x, self.qweight, self.scales, self.qzeros, self.g_idx, self.spec.bits, version, backend
-        )
+        how = self.spec.bits, self.layout.zeros_version, self.backend
+        y: torch.Tensor = gptq_linear(x, self.qweight, self.scales, self.qzeros, self.g_idx, self.rows, *how)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.spec.bits}-bit, group_size={self.spec.group_size}"
 
 
+HEAD = QuantSpec(bits=8, group_size=64)
+
+
+def fits_eight_bit(module: Any) -> bool:
+    """Whether `eight_bit` takes this module and the C kernels run here."""
+    plain = type(module) is nn.Linear and module.weight.device.type == "cpu" and not why_not_grouped()
+    return plain and module.in_features % HEAD.group_size == 0
+
+
+def eight_bit(dense: nn.Linear) -> QuantLinear:
+    """A dense layer with its weights [N, K] rounded to the nearest of 8 bits in groups of 64, for the C kernels."""
+    k, n = dense.in_features, dense.out_features
+    W_GBN = dense.weight.detach().float().T.reshape(-1, HEAD.group_size, n)
+    scales_GN = (W_GBN.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    codes_KN = (W_GBN / scales_GN[:, None]).round_().add_(128).view(k, n).to(torch.uint8)
+    linear = QuantLinear(k, n, HEAD, GptqLayout(2), dense.bias is not None, torch.float32)
+    linear.g_idx, zeros_GN = None, torch.full(scales_GN.shape, 128, dtype=torch.uint8)
+    linear.replace(qweight=pack(codes_KN, HEAD.bits, dim=0), scales=scales_GN, qzeros=zeros_GN)
+    if dense.bias is not None:
+        linear.replace(bias=dense.bias.detach())
+    linear.group_rows()
+    return linear
+
+
 class Mix64Linear(PackedLinear):
     """A linear layer over `mix64` tensors; empty until `replace` gives it a matrix's, or a rank's slice of them."""
 
     cut = "ours"
+    rows_dim = 0
     strip_order: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -146,16 +180,9 @@ class Mix64Linear(PackedLinear):
         self.spec = spec
         for suffix in Mix64Layout.suffixes:
             self.register_parameter(suffix, None)
-        self.rows = out_features  # of this rank
 
-    def replace(self, **tensors: torch.Tensor) -> None:
-        if tensors.get("qweight", torch.empty(0)).dim() == 2:
-            self.rows = len(tensors["qweight"])
-        super().replace(**tensors)
-
-    def grouped(self) -> dict[str, torch.Tensor]:
-        tensors = {name: tensor.data for name, tensor in self.named_parameters(recurse=False)}
-        return Mix64Layout().group_rows(tensors, self.spec) or {}
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return Mix64Layout().group_rows(tensors, self.spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
@@ -170,10 +197,8 @@ class Mix64Linear(PackedLinear):
             for suffixes in (Mix64Layout.metadata[self.spec.metadata], Mix64Layout.outliers)
         )
         spec = self.spec
-        widths = spec.bits, spec.fraction_4bit, spec.metadata
-        y: torch.Tensor = mix64_linear(
-            x, self.qweight, self.qextra, metadata, outliers, self.rows, *widths, self.backend
-        )
+        how = spec.bits, spec.fraction_4bit, spec.metadata, self.backend
+        y: torch.Tensor = mix64_linear(x, self.qweight, self.qextra, metadata, outliers, self.rows, *how)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

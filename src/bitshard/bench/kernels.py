@@ -290,6 +290,6 @@ def _random_gptq(n: int, k: int) -> tuple[QuantLinear, torch.Tensor]:
         qzeros=torch.full((groups, n * spec.bits // 32), -0x77777778, dtype=torch.int32),  # 8 in every field
         scales=torch.rand(groups, n, generator=generator) * 1e-2,
     )
-    linear.group_rows()
     W_KN = dequantize(linear.qweight, linear.scales, linear.qzeros, None, spec.bits, 2, torch.float32)
+    linear.group_rows()
     return linear, W_KN[:, :CHECKED_ROWS].T.contiguous()

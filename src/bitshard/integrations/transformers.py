@@ -35,7 +35,7 @@ from bitshard.errors import CheckpointError, PlanError, SpecError
 from bitshard.kernels import require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
-from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, hoist_gather
+from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
 from bitshard.plan import TPPlan
 from bitshard.spec import STRIP, MixSpec, QuantSpec
@@ -270,6 +270,10 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 linear.group_rows()
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
+        head = cast(PreTrainedModel, model).get_output_embeddings()
+        if self.quantization_config.backend == "auto" and fits_eight_bit(head):
+            # in float32 it is read for longer than all blocks together: 545 MB of Qwen2.5-0.5B, whose blocks have 130
+            cast(PreTrainedModel, model).set_output_embeddings(eight_bit(head))
         return model
 
     def _own_tensors(self, name: str) -> dict[str, torch.Tensor]:

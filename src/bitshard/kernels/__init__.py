@@ -5,7 +5,8 @@
     y[..., n] = sum_k x[..., k] * (code[k, n] - zero[g[k], n]) * scale[g[k], n]
 
 x float [..., K]; qweight, qzeros int32 and scales float as in layout.GptqLayout; g_idx int32 [K], or None when groups
-are consecutive and of equal length, which lets a kernel read every scale in order. Output [..., N] in x's dtype.
+are consecutive and of equal length, which lets a kernel read every scale in order. Output [..., out_features] in x's
+dtype.
 
 `mix64_linear`: y[..., n] = sum_k x[..., k] * w[n, k] with w as in mixed.MixedWeight. x float [..., K], K whole blocks
 of 64 channels in stored order. The tensors are layout.Mix64Layout's: metadata those it names for `metadata_kind`, in
@@ -36,8 +37,8 @@ MOST_INT8_TOKENS = 64  # above that a model reads rather than writes, and all of
 
 torch.library.define(
     "bitshard::gptq_linear",
-    "(Tensor x, Tensor qweight, Tensor scales, Tensor qzeros, Tensor? g_idx, int bits, int zeros_version, str backend)"
-    " -> Tensor",
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor qzeros, Tensor? g_idx, int out_features,"
+    " int bits, int zeros_version, str backend) -> Tensor",
 )
 torch.library.define(
     "bitshard::mix64_linear",
@@ -78,14 +79,15 @@ def _(
     scales: torch.Tensor,
     qzeros: torch.Tensor,
     g_idx: torch.Tensor | None,
+    out_features: int,
     bits: int,
     zeros_version: int,
     backend: str,
 ) -> torch.Tensor:
-    kernel = choose(qzeros.dtype == torch.uint8, x.shape[:-1].numel(), backend)
+    kernel = choose(qweight.dim() == 3, x.shape[:-1].numel(), backend)
     if kernel == "reference":
-        return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, bits, zeros_version)
-    return cpu.gptq_linear(x, qweight, scales, qzeros, bits, kernel == "cpu-int8")
+        return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
+    return cpu.gptq_linear(x, qweight, scales, qzeros, out_features, bits, kernel == "cpu-int8")
 
 
 @torch.library.impl("bitshard::mix64_linear", ("CPU", "CUDA"))
@@ -117,11 +119,12 @@ def _(
     scales: torch.Tensor,
     qzeros: torch.Tensor,
     g_idx: torch.Tensor | None,
+    out_features: int,
     bits: int,
     zeros_version: int,
     backend: str,
 ) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("bitshard::mix64_linear")  # type: ignore[untyped-decorator]

@@ -34,12 +34,17 @@ def instruction_set() -> int:
 
 
 def gptq_linear(
-    x: torch.Tensor, qweight: torch.Tensor, scales_GN: torch.Tensor, zeros_GN: torch.Tensor, bits: int, bits8: bool
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    out_features: int,
+    bits: int,
+    bits8: bool,
 ) -> torch.Tensor:
     """GPTQ tensors from `GptqLayout.group_rows`. bits8: activations rounded to 8 bits, each 64 with a scale."""
-    n, k = scales_GN.shape[1], x.shape[-1]
-    sizes = n, k, k // len(scales_GN)
-    return _call("bitshard_gptq", x, n, sizes, (bits,), (qweight, scales_GN, zeros_GN), bits8)
+    sizes = out_features, x.shape[-1], x.shape[-1] // scales.shape[1]
+    return _call("bitshard_gptq", x, out_features, sizes, (bits,), (qweight, scales, zeros), bits8)
 
 
 def mix64_linear(

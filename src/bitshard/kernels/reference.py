@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bitshard.bitpack import unpack
-from bitshard.layout import GptqLayout, Mix64Layout
+from bitshard.layout import GptqLayout, Mix64Layout, ungroup
 from bitshard.spec import MixSpec
 
 
@@ -39,10 +39,13 @@ def gptq_linear(
     scales: torch.Tensor,
     qzeros: torch.Tensor,
     g_idx: torch.Tensor | None,
+    out_features: int,
     bits: int,
     zeros_version: int,
 ) -> torch.Tensor:
     """x [..., K] times the dequantized matrix, both in x's dtype."""
+    if qweight.dim() == 3:
+        qweight, scales, qzeros = (ungroup(tensor, out_features).T for tensor in (qweight, scales, qzeros))
     return x @ dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, x.dtype)
 
 
