@@ -15,6 +15,7 @@ from alter import Change, config, content, tensors, without
 from bitshard.checkpoint import REPORT, Checkpoint
 from bitshard.errors import FormatError, PlanError
 from bitshard.integrations.transformers import load, require_degree
+from bitshard.kernels import why_not_grouped
 from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear
 from bitshard.parallel import count_collectives, launch
@@ -116,6 +117,18 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             if f"{name}.outlier_values" in checkpoint.files and linear.name != "attn.c_attn":
                 entries = checkpoint.tensor(f"{name}.outlier_values").shape[0]
                 assert sum(shapes[f"{module}.outlier_values"][0] for shapes in held) == entries
+
+
+@pytest.mark.skipif(bool(why_not_grouped()), reason="the C kernels were not built")
+def test_what_runs_in_plain_torch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(random_checkpoint(tmp_path / "mixed", "llama", SPEC))
+    load(random_checkpoint(tmp_path / "3-bit", "llama", PLAIN), backend="reference")
+    assert not caplog.records
+    load(random_checkpoint(tmp_path / "slow", "llama", PLAIN))
+    [record] = caplog.records
+    assert record.getMessage().startswith(
+        "plain torch runs 14 of 14 matrices, model.layers.0.self_attn.q_proj first: the C"
+    )
 
 
 def test_degrees(tmp_path: Path) -> None:

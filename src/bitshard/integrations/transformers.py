@@ -8,6 +8,7 @@ names of transformers are used in this file alone.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,13 +33,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
-from bitshard.kernels import require_backend
+from bitshard.kernels import require_backend, why_not_grouped
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
 from bitshard.parallel import Strategy, gather_permute_chunk
 from bitshard.plan import TPPlan
 from bitshard.spec import STRIP, MixSpec, QuantSpec
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -254,7 +257,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
+        names, slow = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}, list[str]()
         for module_name, name in names.items():
             linear = model.get_submodule(module_name)
             assert isinstance(linear, PackedLinear)
@@ -266,8 +269,12 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 if linear.cut == "sorted":
                     linear.keep_rows(dist.get_rank(), self.quantization_config.tp_size)
             linear.backend = self.quantization_config.backend
-            if linear.backend != "reference":
+            if linear.backend != "reference" and linear.qweight.device.type == "cpu":
                 linear.group_rows()
+                slow += [name] * (linear.grouped_rows is None)
+        if slow:
+            why = why_not_grouped() or "the C kernels read 2- and 4-bit strips, and GPTQ groups of whole strips of 16"
+            logger.warning("plain torch runs %d of %d matrices, %s first: %s", len(slow), len(names), slow[0], why)
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
         head = cast(PreTrainedModel, model).get_output_embeddings()
