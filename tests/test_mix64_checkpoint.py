@@ -127,7 +127,7 @@ def test_what_runs_in_plain_torch_is_said(tmp_path: Path, caplog: pytest.LogCapt
     load(random_checkpoint(tmp_path / "slow", "llama", PLAIN))
     [record] = caplog.records
     assert record.getMessage().startswith(
-        "plain torch runs 14 of 14 matrices, model.layers.0.self_attn.q_proj first: the C"
+        "plain torch runs 14 of 14 matrices, model.layers.0.mlp.down_proj first: the C"
     )
 
 
