@@ -22,7 +22,7 @@ from bitshard.parallel import count_collectives, launch
 from bitshard.plan import padding_for
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import MixSpec, QuantSpec
-from bitshard.writer import Writer
+from bitshard.writer import Task, Writer
 from commands import bitshard, refusal
 from factory import CONFIGS, dense_model, random_checkpoint, random_mixed_weight, rewrite, token_ids
 
@@ -308,7 +308,7 @@ def test_plan_counts_the_same_before_and_after(tmp_path: Path) -> None:
 def finished(out: Path, source: Path, spec: MixSpec | QuantSpec, report: dict[str, Any] | None) -> Path:
     layout = Mix64Layout() if isinstance(spec, MixSpec) else GptqLayout(2)
     checkpoint = Checkpoint.open(source)
-    writer = Writer(out, ["all"], {}, layout.name)
+    writer = Writer(out, ["all"], Task({}, {}), layout.name)
     writer.write("all", checkpoint.read(checkpoint.files))
     section = {"version": FORMAT_VERSION, "layout": layout.name}
     writer.finish(source, checkpoint.config, QuantConfig(spec, layout, (), section), report)

@@ -261,10 +261,12 @@ def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, mon
         try:
             quantize(model, out, MixSpec(), calibration, recipe)
         except Killed:
-            assert not out.exists()
-            seen.append({path.name.partition("-")[0] for path in (tmp_path / f"out-{point}.partial").iterdir()})
-            assert told(quantize(model, out, MixSpec(), calibration, recipe)) == told(whole)
-            assert digest(out) == digest(tmp_path / "whole"), f"died before change {point}"
+            if not out.exists():  # it has its name before the states and the task leave it
+                seen.append({path.name.partition("-")[0] for path in (tmp_path / f"out-{point}.partial").iterdir()})
+                assert told(quantize(model, out, MixSpec(), calibration, recipe)) == told(whole)
+                assert len(digest(out)) == len(digest(tmp_path / "whole"))
+            assert digest(out).items() >= digest(tmp_path / "whole").items(), f"died before change {point}"
+            assert bitshard("verify", out).code == 0
         else:
             break
     assert point > 1 + 1 + 3 * 2 + 3, "too few kill points were seen"
@@ -276,7 +278,7 @@ def test_resumes_from_any_kill_to_the_same_bytes(text: Path, tmp_path: Path, mon
 def test_a_run_begun_in_bfloat16_is_not_finished_in_float32(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another machine it starts anew, and the file says which it was."""
+    """On another machine it is refused, and the file says which it was."""
     model = random_model(tmp_path / "m", "llama")
 
     def run(name: str, bfloat16: bool, progress: Progress = silent) -> None:
@@ -285,11 +287,13 @@ def test_a_run_begun_in_bfloat16_is_not_finished_in_float32(
 
     with pytest.raises(Killed):
         run("out", True, dies_at(1))
-    for name, bfloat16 in (("out", False), ("float32", False), ("bfloat16", True)):
+    with pytest.raises(CheckpointError, match="an unfinished run with bfloat16 True, not False; allowed: the same"):
+        run("out", False)
+    for name, bfloat16 in (("out", True), ("float32", False), ("bfloat16", True)):
         run(name, bfloat16)
         section = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["bitshard"]
         assert section["provenance"]["bfloat16"] is bfloat16
-    assert digest(tmp_path / "out") == digest(tmp_path / "float32") != digest(tmp_path / "bfloat16")
+    assert digest(tmp_path / "out") == digest(tmp_path / "bfloat16") != digest(tmp_path / "float32")
 
 
 SCRIPT = """
@@ -336,15 +340,23 @@ def test_a_seed_says_all(model: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["recipe", "max_tp"])
-def test_another_task_starts_anew(other: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Nothing of an interrupted run is used, its order least of all."""
+def test_another_task_is_refused(other: str, model: Path, text: Path, tmp_path: Path) -> None:
+    """Nothing of an interrupted run is used, its order least of all; in the command's own words."""
+    arguments = ["quantize", model, tmp_path / "out", "--calibration", text, "--samples", 6, "--length", 24]
     with pytest.raises(Killed):
-        quantize(model, tmp_path / "out", MixSpec(), small(text), progress=dies_at(1))
-    recipe = MixRecipe(ranking="range") if other == "recipe" else MixRecipe()
-    max_tp = 1 if other == "max_tp" else None
-    quantize(model, tmp_path / "out", MixSpec(), small(text), recipe, max_tp)
-    quantize(model, tmp_path / "whole", MixSpec(), small(text), recipe, max_tp)
+        quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(average_bits=2.91), progress=dies_at(1))
+    options = ["--ranking", "range", "--tune", 2] if other == "recipe" else ["--max-tp", 1]
+    says = "ranking hessian, not range; tune 0, not 2" if other == "recipe" else "max_tp None, not 1"
+    assert f"out.partial: found an unfinished run with {says}; allowed" in refusal(*arguments, *options)
+    assert bitshard(*arguments).code == 0
+    quantize(model, tmp_path / "whole", MixSpec(), small(text))
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_name_that_is_no_text(model: Path, text: Path, tmp_path: Path) -> None:
+    sentence = refusal("quantize", model, tmp_path / "s\udce9", "--calibration", text, *CALIBRATE)
+    assert r"s\udce9': found a name that is not UTF-8; allowed: UTF-8" in sentence
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "text.txt"}
 
 
 def test_a_finished_block_is_not_done_again(model: Path, text: Path, tmp_path: Path) -> None:
@@ -418,6 +430,8 @@ def refused(kind: type[BitshardError], says: str, model: Path, calibration: Cali
     with pytest.raises(kind, match=says):
         quantize(model, out, MixSpec(), calibration, **options)
     assert not out.exists()
+    if kind is SolverError:  # the run had begun, and the next one is another task
+        shutil.rmtree(out.with_name("refused.partial"))
 
 
 def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from alter import WEIGHTS, section, tensors
+from alter import WEIGHTS, altered, section, tensors
 from bitshard.checkpoint import INDEX
 from bitshard.convert import convert
+from bitshard.errors import CheckpointError
 from bitshard.models import architecture, block_linears, shapes
 from bitshard.spec import QuantSpec
-from bitshard.writer import Writer
+from bitshard.writer import Task, Writer
 from commands import bitshard, refusal
 from factory import random_checkpoint
 from kill import Killed, counting_down
@@ -86,7 +87,10 @@ def test_dies_before_any_change_on_disk(source: Path, expected: dict[str, str], 
         try:
             convert(source, out)
         except Killed:
-            assert not out.exists()
+            if out.exists():  # it has its name before task.json leaves it
+                assert digest(out).items() >= expected.items() and len(digest(out)) == len(expected) + 1
+                assert "found an existing file" in refusal("convert", source, out) and bitshard("verify", out).code == 0
+                continue
             convert(source, out)
         else:
             break
@@ -98,7 +102,7 @@ STOPPED = """
 import os, sys
 import torch
 from bitshard.cli import main
-from bitshard.writer import Writer
+from bitshard.writer import Task, Writer
 torch.set_num_threads(1)
 number, write, written = int(sys.argv.pop()), Writer.write, []
 def stopping(self, shard, tensors):
@@ -139,22 +143,114 @@ def test_signals_in_the_middle(source: Path, expected: dict[str, str], tmp_path:
         assert finished.items() <= {path.name: path.stat().st_ino for path in out.iterdir()}.items()
 
 
-@pytest.mark.parametrize("change", ["weights", "config", "padding"])
-def test_another_task_starts_clean(change: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["weights", "config", "same size and time", "padding"])
+def test_another_task_is_refused(change: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an unfinished run left stays, until the user says that it may go."""
     own, out = Path(shutil.copytree(source, tmp_path / "in")), tmp_path / "out"
     with dies_after(3, monkeypatch):
         convert(own, out)
-    left = stamps(tmp_path / "out.partial")
-    pad_to = 32 if change == "padding" else None
-    if change == "weights":
+    left, time = digest(tmp_path / "out.partial"), (own / WEIGHTS).stat().st_mtime_ns
+    assert len(left) == 4
+    if change == "config":
+        section(damp_percent=0.5)(own)
+    elif change != "padding":
         name = "model.layers.0.self_attn.q_proj.qweight"
         tensors({name: load_file(own / WEIGHTS)[name].flip(0)})(own)
-    elif change == "config":
-        section(damp_percent=0.5)(own)
-    convert(own, out, pad_to)
-    convert(own, tmp_path / "fresh", pad_to)
-    assert digest(out) == digest(tmp_path / "fresh")
-    assert len(left) == 3 and not left & stamps(out)
+        if change == "same size and time":
+            os.utime(own / WEIGHTS, ns=(time, time))
+    options = ["--pad-to", 32] if change == "padding" else []
+    says = "pad_to None, not 32" if change == "padding" else "another model"
+    sentence = refusal("convert", own, out, *options)
+    assert f"out.partial: found an unfinished run with {says}; allowed: the same command again" in sentence
+    assert digest(tmp_path / "out.partial") == left and not out.exists()
+    shutil.rmtree(tmp_path / "out.partial")
+    assert bitshard("convert", own, out, *options).code == 0
+
+
+def test_a_task_of_another_verb_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dies_after(1, monkeypatch):
+        convert(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="an unfinished run with verb convert, not quantize; .*pad_to None, not"):
+        Writer(tmp_path / "out", ["all"], Task({"verb": "quantize", "pad_to": 2}, {}))
+
+
+def test_a_task_that_has_done_nothing_is_forgotten(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """Killed before its first shard, or before it had written what it does."""
+    for text in (b"", Task({"verb": "quantize"}, {}).to_json()):
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial" / "task.json").write_bytes(text)
+        convert(source, tmp_path / "out")
+        assert digest(tmp_path / "out") == expected
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 500])
+def test_a_damaged_shard_is_written_again(kept: int, source: Path, expected: dict[str, str], tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As a power cut may leave it, on a disk that does not keep its promises."""
+    with dies_after(3, monkeypatch):
+        convert(source, tmp_path / "out")
+    altered(lambda data: data[:kept], "model-00002-of-00004.safetensors")(tmp_path / "out.partial")
+    convert(source, tmp_path / "out")
+    assert digest(tmp_path / "out") == expected
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(source: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    synced: set[int] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def checked(path: Path, target: Path) -> Path:
+        for one in (path, *(path.iterdir() if path.is_dir() else ())):
+            assert one.stat().st_ino in synced, one
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", checked)
+    convert(source, tmp_path / "out")
+    assert tmp_path.stat().st_ino in synced
+
+
+@pytest.mark.parametrize("appears", ["folder", "full folder", "file"])
+def test_out_appears_meanwhile(appears: str, source: Path, expected: dict[str, str], tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "out"
+
+    def appear() -> None:
+        if appears != "file":
+            out.mkdir()
+        if appears != "folder":
+            (out / "mine" if out.is_dir() else out).write_text("mine")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "write", after(2, appear))
+        sentence = refusal("convert", source, out)
+    assert "out: found an existing file or folder" in sentence and "run the same command again" in sentence
+    left = stamps(tmp_path / "out.partial")
+    out.rename(tmp_path / "elsewhere")
+    convert(source, out)
+    assert digest(out) == expected and stamps(out) == left and len(left) == 4
+
+
+def test_a_run_that_starts_while_another_finishes(source: Path, expected: dict[str, str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """It has opened the folder that is about to get its name, and waits for nothing of it."""
+    out, lock = tmp_path / "out", Writer._lock
+    with dies_after(3, monkeypatch):
+        convert(source, out)
+
+    def late(self: Writer, descriptor: int) -> None:
+        monkeypatch.setattr(Writer, "_lock", lock)
+        convert(source, out)
+        lock(self, descriptor)
+
+    monkeypatch.setattr(Writer, "_lock", late)
+    assert "out: found an existing file or folder" in refusal("convert", source, out)
+    assert digest(out) == expected and not (tmp_path / "out.partial").exists()
 
 
 def stamps(folder: Path) -> set[tuple[str, int]]:
@@ -248,11 +344,36 @@ def partial_of_somebody_else(out: Path) -> None:
     (out.with_name("out.partial") / "thesis.txt").write_text("mine")
 
 
+def with_files(**files: str) -> Callable[[Path], None]:
+    """A partial folder with a thesis and what might pass for a run's."""
+
+    def place(out: Path) -> None:
+        partial_of_somebody_else(out)
+        for name, text in files.items():
+            (out.with_name("out.partial") / f"{name}.json").write_text(text)
+
+    return place
+
+
 PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "folder": (occupied, "out: found an existing file or folder"),
     "file": (Path.touch, "out: found an existing file or folder"),
     "link": (dangling, "out: found an existing file or folder"),
     "partial of another": (partial_of_somebody_else, "out.partial: found a folder without task.json"),
+    **{
+        f"partial with a config that says {section}": (
+            with_files(config=f'{{"quantization_config": {section}}}'),
+            "out.partial: found a folder without task.json",
+        )
+        for section in ("null", "5", '"bitshard"', '{"bitshard": {}}')
+    },
+    **{
+        f"partial with a task of {text}": (
+            with_files(task=text),
+            "out.partial: found a task.json that bitshard did not write",
+        )
+        for text in ("", "{", "5", '{"my": "own task"}', '{"bitshard": "my own task"}')
+    },
     "partial a file": (lambda out: out.with_name("out.partial").touch(), "out.partial: found File exists"),
 }
 
@@ -298,6 +419,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from bitshard.convert import convert
+from bitshard.errors import CheckpointError
 def peak():
     # of this program alone: ru_maxrss would start at what the parent process had
     status = Path("/proc/self/status").read_text()

@@ -27,6 +27,7 @@ from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
 
 INDEX = "model.safetensors.index.json"
 REPORT = "quantization_report.json"  # what quantizing left behind, matrix by matrix
+ENDS = 1 << 20  # bytes at either end of a file that tell it from another of the same size and time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -255,11 +256,15 @@ class Checkpoint:
         return [name for name in self.files if not blocks.match(name)]
 
     def fingerprint(self) -> str:
-        """A hash of configs, names, sizes and times: changes when the checkpoint does."""
+        """A hash of configs, names, sizes, times, and the ends of every file: changes when the checkpoint does."""
         parts: list[Any] = [self.config, repr(self.quantization)]
         for path in sorted(set(self.files.values())):
             stat = path.stat()
-            parts.append((path.name, stat.st_size, stat.st_mtime_ns))
+            with path.open("rb") as file:
+                ends = hashlib.sha256(file.read(ENDS))
+                file.seek(max(0, stat.st_size - ENDS))
+                ends.update(file.read(ENDS))
+            parts.append((path.name, stat.st_size, stat.st_mtime_ns, ends.hexdigest()))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _check_names(self) -> None:

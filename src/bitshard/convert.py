@@ -30,7 +30,7 @@ from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import attention_order, is_identity, mlp_order, tile_parts, value_columns_order
 from bitshard.spec import QuantSpec
-from bitshard.writer import Writer
+from bitshard.writer import Task, Writer
 
 OUTSIDE = "outside the blocks"
 
@@ -65,7 +65,8 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     padding = None if pad_to is None else padding_for(plan, pad_to)
     blocks = list(range(plan.sizes.layers))
     shards = [OUTSIDE, *(f"block {i}" for i in blocks)]
-    task = {"verb": "convert", "source": checkpoint.fingerprint(), "pad_to": pad_to, "version": FORMAT_VERSION}
+    options = {"verb": "convert", "pad_to": pad_to, "format version": FORMAT_VERSION}
+    task = Task(options, {"model": checkpoint.fingerprint()})
     edits = [block_edit(checkpoint, plan, layer, padding) for layer in blocks]
     writer = Writer(out, shards, task, GptqLayout.name)
     if not writer.has(OUTSIDE):

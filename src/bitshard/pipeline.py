@@ -62,7 +62,7 @@ from bitshard.spec import (
     QuantSpec,
     codes_per_pack,
 )
-from bitshard.writer import Writer
+from bitshard.writer import Task, Writer
 
 OUTSIDE = "outside the blocks"
 ORDER_FILE = "order.safetensors"
@@ -213,15 +213,18 @@ def quantize(
         for _ in range(1 + recipe.correct)
     ]
     provenance["bfloat16"] = models[0].bfloat16
-    task = {
-        "verb": "quantize",
-        "source": job.checkpoint.fingerprint(),
-        "spec": vars(spec),
-        "max_tp": max_tp,
-        "device": device.type,
-        "provenance": provenance,
-        "version": FORMAT_VERSION,
-    }
+    own = {key: value for key, value in vars(calibration).items() if key != "path"}
+    task = Task(
+        {
+            "verb": "quantize", "layout": job.layout.name, **vars(spec), **vars(recipe), **own, "max_tp": max_tp,
+            "device": device.type, "bfloat16": models[0].bfloat16, "bitshard": __version__,
+            "format version": FORMAT_VERSION,
+        },
+        {
+            "model": job.checkpoint.fingerprint(),
+            "calibration text or tokenizer": hashlib.sha256(tokens_SL.numpy().tobytes()).hexdigest(),
+        },
+    )  # fmt: skip
     writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task, job.layout.name)
     if recipe.order == "model" or recipe.average_bits:
         order, activity = _order(job, writer, tokens_SL[: min(ORDER_SAMPLES, job.samples)], device, progress)
@@ -403,8 +406,9 @@ def _state(layer: int) -> str:
 
 
 def _blocks_done(writer: Writer, layers: int) -> int:
-    done = next((layer for layer in range(layers) if not writer.has(_shard(layer))), layers)
-    return done if (writer.partial / _state(done)).exists() else 0
+    """Up to the last state there is; that of the first missing shard, unless it or an earlier shard was damaged."""
+    shards = next((layer for layer in range(layers) if not writer.has(_shard(layer))), layers)
+    return next((done for done in range(shards, 0, -1) if (writer.partial / _state(done)).exists()), 0)
 
 
 def _stages(arch: Architecture, sizes: Shapes) -> list[list[tuple[str, ...]]]:

@@ -1,7 +1,7 @@
 """Checkpoints on disk, written: shard by shard, resumable, atomic.
 
-Everything goes to `OUT.partial`, one shard for each decoder block, each under a temporary name until it is whole. The
-folder is renamed when the last one is in: OUT exists complete or not at all.
+Everything goes to `OUT.partial`, one shard for each decoder block, each under a temporary name until it is whole and on
+the disk. The folder is renamed when the last one is in: OUT exists complete or not at all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitshard.checkpoint import INDEX, REPORT, read_json, reason
+from bitshard.checkpoint import INDEX, REPORT, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.quantconfig import QuantConfig
@@ -29,51 +30,106 @@ from bitshard.quantconfig import QuantConfig
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 REWRITTEN = ("config.json", "quantize_config.json", INDEX, REPORT)
 TASK = "task.json"  # what a partial folder is the beginning of
+OURS = "bitshard"  # the key in it that nobody else's has
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run does: its options by name, and digests of what it reads, by what to call it in a message."""
+
+    options: Mapping[str, Any]
+    digests: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        return json.dumps({OURS: vars(self)}, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Task | None:
+        """None for what `to_json` did not write."""
+        try:
+            return cls(**json.loads(text)[OURS])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def instead_of(self, other: Task) -> str:
+        """How this task differs from another: the digests follow from the options, so only where those agree."""
+        names = [*other.options, *(self.options.keys() - other.options.keys())]
+        mine, its = self.options, other.options
+        differ = [f"{n} {mine.get(n)}, not {its.get(n)}" for n in names if mine.get(n) != its.get(n)]
+        another = [f"another {name}" for name, digest in other.digests.items() if self.digests.get(name) != digest]
+        return "; ".join(differ or another)
 
 
 class Writer:
     """Writes a checkpoint folder shard by shard, resumable, never half-written under its final name.
 
-    shards: keys of the shards in order. task: what is being done; a partial folder of the same task is resumed, one of
-    another task is emptied. layout: name that every shard's metadata says. Raises CheckpointError when `out` exists or
-    another process is writing it.
+    shards: keys of the shards in order. task: what is being done; a partial folder of the same task is resumed.
+    layout: name that every shard's metadata says. Raises CheckpointError when `out` exists, another process is writing
+    it, or the partial folder is anything but the same task's; that is left as it is.
     """
 
-    def __init__(self, out: Path, shards: list[str], task: Mapping[str, Any], layout: str = GptqLayout.name) -> None:
-        if os.path.lexists(out):
-            raise CheckpointError(str(out), "an existing file or folder", "a new name", "choose another or remove it")
+    def __init__(self, out: Path, shards: list[str], task: Task, layout: str = GptqLayout.name) -> None:
         self._metadata = {"format": "pt", "bitshard": json.dumps({"version": FORMAT_VERSION, "layout": layout})}
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self.out = out
+        self._refuse_existing()
+        try:
+            str(out).encode()
+        except UnicodeEncodeError:  # safetensors takes no other names
+            raise CheckpointError(ascii(str(out)), "a name that is not UTF-8", "UTF-8", "choose another") from None
+        self.partial = out.with_name(out.name + ".partial")
         self._files = {key: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, key in enumerate(shards, 1)}
         try:
-            self._begin(json.dumps(task, sort_keys=True).encode())
+            self._begin(task)
         except OSError as error:
             raise self._failure(error) from None
 
-    def _begin(self, task: bytes) -> None:
+    def _refuse_existing(self, fix: str = "choose another or remove it") -> None:
+        if os.path.lexists(self.out):
+            raise CheckpointError(str(self.out), "an existing file or folder", "a new name", fix)
+
+    def _begin(self, task: Task) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
-        if not self._is_ours():
-            raise CheckpointError(
-                str(self.partial), f"a folder without {TASK}, so not an earlier run's", "no such folder",
-                "move it away, or choose another output name",
-            )  # fmt: skip
+        found = {path.name for path in self.partial.iterdir()}
+        if found and TASK not in found:
+            raise self._foreign(f"a folder without {TASK}")
         descriptor = os.open(self.partial / TASK, os.O_RDWR | os.O_CREAT, 0o666)
         self._unlock = weakref.finalize(self, os.close, descriptor)
         self._lock(descriptor)
-        same = os.pread(descriptor, len(task) + 1, 0) == task
-        for path in self.partial.iterdir():
-            if path.name != TASK and (not same or ".tmp" in path.name):
-                path.unlink()
-        if not same:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, task, 0)
+        self._refuse_existing()  # which the run that had the lock may have finished
+        text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        before = Task.from_json(text)
+        # nothing beside an empty file: that run died before it had written what it does
+        if before is None and (text or found > {TASK}):
+            raise self._foreign(f"a {TASK} that bitshard did not write")
+        for path in self.partial.glob("*.tmp*"):
+            path.unlink()
+        if text == task.to_json():
+            self._remove_damaged()
+            return
+        if before is not None and any(path.name != TASK for path in self.partial.iterdir()):
+            raise CheckpointError(
+                str(self.partial), f"an unfinished run with {before.instead_of(task)}", "the same command again",
+                f"repeat that one, remove {self.partial.name} to start anew, or choose another output name",
+            )  # fmt: skip
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, task.to_json(), 0)
+        os.fsync(descriptor)
 
-    def _is_ours(self) -> bool:
-        """True for a folder that a run began, or that one finished and died before giving it its name."""
-        found = {path.name for path in self.partial.iterdir()}
-        config = read_json(self.partial / "config.json") if "config.json" in found else {}
-        return not found or TASK in found or "bitshard" in config.get("quantization_config", {})
+    def _foreign(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            str(self.partial), f"{found}, so not an earlier run's", "no such folder",
+            "move it away, or choose another output name",
+        )  # fmt: skip
+
+    def _remove_damaged(self) -> None:
+        """What a broken disk or file system cut off is as good as not written."""
+        for path in self.partial.glob("*.safetensors"):
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError:
+                path.unlink()
 
     def _lock(self, descriptor: int) -> None:
         """Keep other processes out until the descriptor is closed or this process ends."""
@@ -102,7 +158,9 @@ class Writer:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self._metadata)
             _sort_metadata(temporary)
             shutil.copymode(self.partial / TASK, temporary)  # safetensors makes files that only their owner reads
+            _sync(temporary)
             temporary.rename(self.partial / file_name)
+            _sync(self.partial)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise self._failure(error) from None
@@ -129,27 +187,29 @@ class Writer:
                 self._write_json("quantize_config.json", section)
             if report is not None:
                 self._write_json(REPORT, report)
-            keep = {*self._files.values(), *REWRITTEN, *self._copy_side_files(source)}
-            for path in self.partial.iterdir():
-                if path.name not in keep and path.name != TASK:
-                    path.unlink()
-            (self.partial / TASK).unlink()  # not before all else is done: it says whose folder this is
+            self._copy_side_files(source)
+            _sync(self.partial)
+            self._refuse_existing("move it away and run the same command again: finished shards are kept")
             self.partial.rename(self.out)
+            _sync(self.out.parent)
+            for path in self.out.glob("*.safetensors"):  # no reader minds the rest, should a kill leave it here
+                if path.name not in self._files.values():
+                    path.unlink()
+            (self.out / TASK).unlink()
             self._unlock()
         except (OSError, SafetensorError) as error:
             raise self._failure(error) from None
 
-    def _copy_side_files(self, source: Path) -> list[str]:
-        """Names of the copied files: all small ones but those written anew and indexes of other files."""
-        copied = []
+    def _copy_side_files(self, source: Path) -> None:
+        """All small files but those written anew and indexes of other files."""
         for path in {path for pattern in SIDE_FILES for path in source.glob(pattern)}:
             if path.is_file() and path.name not in (*REWRITTEN, TASK) and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, self.partial / path.name)
-                copied.append(path.name)
-        return copied
+                _sync(self.partial / path.name)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         (self.partial / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _sync(self.partial / name)
 
     def _failure(self, error: Exception) -> CheckpointError:
         system = re.search(r"os error (\d+)", str(error))  # how safetensors passes it on
@@ -175,3 +235,15 @@ def _sort_metadata(path: Path) -> None:
         assert len(text) <= length  # what follows the header is data
         file.seek(8)
         file.write(text.ljust(length))  # the format allows trailing spaces
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)  # never the task's: closing a second one gives up its lock
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot, as some network ones for folders
+            raise
+    finally:
+        os.close(descriptor)
