@@ -1,6 +1,7 @@
 """The command line: help, JSON, tables, exit codes, and nothing but results on stdout."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from bitshard.convert import convert
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
 from bitshard.writer import Writer
-from commands import Result, bitshard, refusal
+from commands import SENTENCE, Result, bitshard, refusal
 from dense import character_tokenizer, random_model, random_text
 from factory import random_checkpoint
 
@@ -245,3 +246,13 @@ def test_ctrl_c(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = bitshard("convert", copy, tmp_path / "out")
     assert result.code == 1 and not result.stdout
     assert result.stderr.splitlines()[-1].startswith("bitshard: interrupted; what was finished is kept")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_no_room_for_the_result(options: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bitshard", "doctor", *options]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and SENTENCE.fullmatch(done.stderr.rstrip("\n")), done.stderr
+    assert "stdout: found No space left on device, when all work was done" in done.stderr

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from bitshard.errors import BitshardError
+from bitshard.errors import BitshardError, CheckpointError
 
 if TYPE_CHECKING:
     from bitshard.evaluate import Perplexity
@@ -82,12 +82,21 @@ def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
 
 def _emit(result: Any, as_json: bool, *renderables: Any) -> None:
     """A dataclass as JSON, or what stands for it in a terminal."""
-    if as_json:
-        value = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
-        print(json.dumps(value, indent=1))
-    else:
-        for renderable in renderables:
-            out_console.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
+    try:
+        if as_json:
+            value = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+            print(json.dumps(value, indent=1))
+        else:
+            for renderable in renderables:
+                out_console.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever reads wants no more
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or leaving Python tries once more
+        raise CheckpointError(
+            "stdout", f"{error.strerror}, when all work was done", "room for the result", "print it somewhere else"
+        ) from None
 
 
 def _facts(title: str, facts: Mapping[str, object]) -> Table:
