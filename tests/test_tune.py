@@ -24,7 +24,7 @@ from bitshard.solver.tune import TAUGHT, Tuned, _Numbers, judges, tune
 from bitshard.spec import PAPER_RECIPES, STRIP, MixRecipe, MixSpec, QuantSpec
 from commands import refusal
 from dense import random_model, random_text
-from factory import random_mixed_weight
+from factory import random_mixed_weight, rewrite
 from kill import Killed, dies_at
 
 PAPER_SPEC, PAPER_RECIPE = PAPER_RECIPES["paper-v4"]
@@ -223,6 +223,14 @@ def test_gptq_does_not_see_what_is_held_out(text: Path, tmp_path: Path, monkeypa
         errors = [matrix.error for matrix in inspect(out).matrices]
         assert all(error is None for error in errors) if tuned else all(error is not None for error in errors)
     assert reports[0].matrices == reports[1].matrices and orders[0] == orders[1]
+
+
+def test_a_model_that_gives_zeros(text: Path, tmp_path: Path) -> None:
+    """Targets that are all zero have no relative error."""
+    model = random_model(tmp_path / "m", "llama")
+    rewrite(model, {"model.embed_tokens.weight": torch.zeros(96, 64).half()})
+    report = quantize(model, tmp_path / "out", MixSpec(), Calibration(text, 2, 24), MixRecipe(tune=2))
+    assert report.tuned == [(0.0, 0.0)] * 2
 
 
 def test_gradients_are_switched_on(text: Path, tmp_path: Path) -> None:

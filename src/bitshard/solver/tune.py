@@ -105,7 +105,7 @@ def tune(
     if not after < before:
         use(solved)
         tuned, after = dict(solved), before
-    return Tuned(tuned, before / total, after / total)
+    return Tuned(tuned, before / total if total else 0.0, after / total if total else 0.0)
 
 
 class _Numbers:
