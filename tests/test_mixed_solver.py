@@ -535,6 +535,11 @@ def test_bits_go_where_they_save_most() -> None:
     # over a choice that is no help by itself, and never to one that hurts
     assert spend([[1.0, 1.0, 0.2, 0.5]], [[10, 12, 14, 18]], 99) == [2]
     assert spend([[1.0, 1.0, 0.2, 0.5]], [[10, 12, 14, 18]], 13) == [0]
+    # where the last choice, which has no outliers, is as small as another or the smallest of all
+    for budget, chosen in {11: 3, 19: 3, 20: 2, 99: 2}.items():
+        assert spend([[1.0, 0.5, 0.1, 0.3]], [[12, 14, 20, 11]], budget) == [chosen]
+    assert spend([[1.0, 0.9, 0.8, 0.3]], [[12, 14, 18, 12]], 99) == [3]
+    assert spend([[1.0, 0.9, 0.8, 0.3]], [[10, 14, 18, 18]], 99) == [3]
 
 
 REFUSED_SPECS: dict[str, tuple[dict[str, Any], str]] = {

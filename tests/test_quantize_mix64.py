@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,22 @@ def test_a_budget_is_kept(text: Path, tmp_path: Path) -> None:
         assert_close(logits(load(out)), logits(dense_model(out)), 1e-4)
     refused(SpecError, "average_bits: found 2; allowed: 2.[0-9]+ or more", source, small(text),
             recipe=MixRecipe(average_bits=2))  # fmt: skip
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_first(model: Path, text: Path, tmp_path: Path) -> None:
+    """With the least that can; before anything is written."""
+    command = ["quantize", model, tmp_path / "out", "--calibration", text, *CALIBRATE]
+    # with so many outliers, which 4-bit strips do not have, 4 bits everywhere are the fewest for most matrices
+    sentence = refusal(*command, "--outliers", 0.05)
+    assert "average_bits: found 2.91, the default; allowed: " in sentence and "or fewer outliers" in sentence
+    assert not list(tmp_path.glob("out*"))
+    least = re.search(r"allowed: (\d\.\d+) or more", refusal(*command, "--outliers", 0.05, "--average-bits", 4.3))
+    assert least and float(least[1]) < 4.42
+    assert bitshard(*command, "--outliers", 0.05, "--average-bits", least[1]).code == 0
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    # down has twice as many input channels, so row pointers take fewer of its bits
+    fractions = {name.rpartition(".")[2]: checkpoint.spec_of(name).fraction_4bit for name in checkpoint.matrices()}
+    assert fractions == dict.fromkeys(fractions, 1.0) | {"down_proj": 0.0}
 
 
 @pytest.mark.parametrize(

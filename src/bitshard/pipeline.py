@@ -213,6 +213,8 @@ def quantize(
         for _ in range(1 + recipe.correct)
     ]
     provenance["bfloat16"] = models[0].bfloat16
+    if recipe.average_bits:
+        _budget(job, recipe.average_bits)  # refused here, before anything is written
     own = {key: value for key, value in vars(calibration).items() if key != "path"}
     task = Task(
         {
@@ -344,28 +346,43 @@ def _allocate(
     job: _Job, activity: Mapping[str, torch.Tensor], average_bits: float, progress: Progress
 ) -> dict[str, MixSpec]:
     """How much of each matrix gets 4 bits, so that the sum of relative errors is least within the average."""
-    assert isinstance(job.spec, MixSpec)
-    choices = [replace(job.spec, fraction_4bit=fraction) for fraction in FRACTIONS]
-    names, errors, sizes, weights = [], [], [], 0
+    errors, (sizes, budget) = [], _budget(job, average_bits)
     for layer in progress(range(job.sizes.layers), "allocating"):
         tensors, edit = job.read_block(layer), job.edit(layer)
         for name, linear in replace(job.plan, sizes=job.sizes).linears(layer):
-            k, n = linear.in_features, linear.out_features
-            W_NK = tensors[f"{name}.weight"][:: ceil(n / ALLOCATE_ROWS)].float()
+            W_NK = tensors[f"{name}.weight"][:: ceil(linear.out_features / ALLOCATE_ROWS)].float()
             active_K = activity[name][edit.rows[name]] if name in edit.rows else activity[name]
-            stored = job.spec.blocks(k) * BLOCK
-            W_NK, active_K = F.pad(W_NK, (0, stored - k)), F.pad(active_K, (0, stored - len(active_K)))
-            names.append(name)
+            stored = ceil(linear.in_features / BLOCK) * BLOCK
+            W_NK, active_K = (F.pad(values, (0, stored - values.shape[-1])) for values in (W_NK, active_K))
             errors.append(relative_errors(W_NK, active_K))
-            sizes.append([_bytes(spec, job.recipe, k, n) for spec in choices])
-            weights += stored * n
-    budget = int(average_bits * weights / 8)
-    if sum(size[0] for size in sizes) > budget:
+    chosen = spend(errors, list(sizes.values()), budget)
+    return {name: _with_fraction(job, FRACTIONS[choice]) for name, choice in zip(sizes, chosen, strict=True)}
+
+
+def _with_fraction(job: _Job, fraction_4bit: float) -> MixSpec:
+    assert isinstance(job.spec, MixSpec)
+    return replace(job.spec, fraction_4bit=fraction_4bit)
+
+
+def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
+    """Bytes of each matrix by its fraction of 4-bit strips, in FRACTIONS' order, and how many all may have together.
+
+    Raises SpecError when the smallest ones are too many.
+    """
+    sizes, weights = {}, 0
+    for layer in range(job.sizes.layers):
+        for name, linear in replace(job.plan, sizes=job.sizes).linears(layer):
+            k, n = linear.in_features, linear.out_features
+            sizes[name] = [_bytes(_with_fraction(job, fraction), job.recipe, k, n) for fraction in FRACTIONS]
+            weights += ceil(k / BLOCK) * BLOCK * n
+    least, budget = sum(map(min, sizes.values())), int(average_bits * weights / 8)
+    if least > budget:
+        default = ", the default" if average_bits == MIX_RECIPE.average_bits else ""
         raise SpecError(
-            "average_bits", f"{average_bits:g}", f"{8 * sum(size[0] for size in sizes) / weights:.3f} or more",
-            "allow more bits",
+            "average_bits", f"{average_bits:g}{default}", f"{ceil(8e3 * least / weights) / 1e3:.3f} or more",
+            "allow more bits" + (", or fewer outliers" if job.recipe.outliers else ""),
         )  # fmt: skip
-    return {name: choices[choice] for name, choice in zip(names, spend(errors, sizes, budget), strict=True)}
+    return sizes, budget
 
 
 def _bytes(spec: MixSpec, recipe: MixRecipe, in_features: int, out_features: int) -> int:

@@ -124,16 +124,18 @@ def relative_errors(W_NK: torch.Tensor, diagonal_K: torch.Tensor) -> list[float]
 def spend(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
     """Which of its choices each matrix takes, so that all sizes together stay within the budget and errors are least.
 
-    errors and sizes: of each matrix's choices, sizes rising. From the smallest on, the step that saves most error per
-    byte is taken, over a choice that is no help by itself if need be, until none fits.
+    errors and sizes: of each matrix's choices. From the smallest on, the step that saves most error per byte is taken,
+    over a choice that is no help by itself if need be, until none fits.
     """
-    chosen, left = [0] * len(errors), budget - sum(size[0] for size in sizes)
+    # with outliers, which only 2-bit strips have, all strips at 4 bits may be the smallest
+    chosen = [min(zip(own, wrong, range(len(own)), strict=True))[2] for own, wrong in zip(sizes, errors, strict=True)]
+    left = budget - sum(map(min, sizes))
     while True:
         steps = [
             ((errors[m][at] - errors[m][to]) / (sizes[m][to] - sizes[m][at]), m, to)
             for m, at in enumerate(chosen)
-            for to in range(at + 1, len(errors[m]))
-            if sizes[m][to] - sizes[m][at] <= left
+            for to in range(len(errors[m]))
+            if 0 < sizes[m][to] - sizes[m][at] <= left
         ]
         gain, matrix, to = max(steps, default=(0.0, 0, 0))
         if not gain > 0:
