@@ -643,7 +643,10 @@ REFUSED_REQUESTS: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "gptq's bits": ("gptq", None, {"bits": 7}, "bits: found 7"),
     "fraction of 4 bits": ("mix64", None, {"bits": 4, "fraction_4bit": 0.25}, "fraction_4bit: found 0.25 with bits 4"),
     "budget and fraction": (
-        "mix64", None, {"average_bits": 3.0, "fraction_4bit": 0.5}, "average_bits: found 3 with strips 4 4 2 2"
+        "mix64", None, {"average_bits": 3.0, "fraction_4bit": 0.5}, "average_bits: found 3.0 with fraction_4bit 0.5"
+    ),
+    "budget and its own fraction": (
+        "mix64", None, {"average_bits": 3.6, "fraction_4bit": 0.25}, "average_bits: found 3.6 with fraction_4bit 0.25"
     ),
     "budget of 3 bits": ("mix64", None, {"average_bits": 3.0, "bits": 3}, "average_bits: found 3 with strips 3 3 3 3"),
     "outliers of 4 bits": ("mix64", None, {"bits": 4, "outliers": 0.01}, "outliers: found 0.01 with strips 4 4 4 4"),

@@ -296,6 +296,11 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
     for name in given:
         if name not in names:
             raise SpecError(name, repr(given[name]), f"the options of format {format}", "leave it out")
+    if {"average_bits", "fraction_4bit"} <= given.keys():
+        raise SpecError(
+            "average_bits", f"{given['average_bits']} with fraction_4bit {given['fraction_4bit']}",
+            "a fraction of 4-bit strips that is chosen for each matrix", "leave one out",
+        )  # fmt: skip
     own = {field.name for field in fields(spec)}
     wanted = replace(start, **{name: value for name, value in given.items() if name not in own})
     spec = replace(spec, **{name: value for name, value in given.items() if name in own})
