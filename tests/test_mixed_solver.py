@@ -314,8 +314,9 @@ NAN = torch.full((4, 16), torch.nan)
         (NAN.nan_to_num(torch.inf), torch.eye(16), "NaN or infinite weights"),
         (torch.ones(4, 16), torch.eye(16) / 0, "NaN or infinite activations"),
         (torch.full((4, 16), 1e7), torch.eye(16), "a scale beyond fp16"),
+        (torch.ones(4, 16), torch.full((16, 16), 1e-42) + torch.eye(16) * 1e-42, "a Hessian of numbers about 2e-42"),
     ],
-    ids=["indefinite", "nan weight", "infinite weight", "infinite activation", "huge weight"],
+    ids=["indefinite", "nan weight", "infinite weight", "infinite activation", "huge weight", "subnormal activation"],
 )
 @every([MixSpec(), PAPER])
 def test_refuses_by_name(spec: MixSpec, W: torch.Tensor, H: torch.Tensor, says: str) -> None:

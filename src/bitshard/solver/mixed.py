@@ -59,7 +59,7 @@ def solve_mixed(
         raise SolverError(name, "a scale beyond fp16", "scales up to 65504", "check the layer's weights")
     if recipe.ranges == "search":
         for _ in range(PASSES):
-            matrix.refine(best, visit_K, damp)
+            matrix.refine(best, visit_K, damp, name)
     dead = int((H_KK.diagonal() == 0).sum())
     relative = matrix.relative_error(best, damp)
     return matrix.result(best, W_NK.shape[1]), SolveReport(name, relative, damp, dead, matrix.share_4bit())
@@ -177,7 +177,7 @@ class _Matrix:
             errors_NK[:, stop:].addmm_(off_NL, R_KK[start:stop, stop:])
         return state
 
-    def refine(self, state: _State, visit_K: torch.Tensor, damp: float) -> None:
+    def refine(self, state: _State, visit_K: torch.Tensor, damp: float, name: str) -> None:
         """Round every strip again, all others as they are; what does not lower the loss is left. Changes `state`.
 
         In visiting order, where what is not visited yet lies together: the rest of the gradient is of no more use.
@@ -188,7 +188,13 @@ class _Matrix:
         Q_NK, outlier_NK = state.Q_NK[:, visit_K], self.outlier_NK[:, visit_K]
         gradient_NK = (self.W_NK[:, visit_K] - Q_NK) @ H_KK
         H_SRR = H_KK.view(-1, STRIP, k // STRIP, STRIP).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        U_SRR = _inverses(torch.linalg.cholesky(H_SRR.flip(1, 2)).flip(1, 2))
+        L_SRR, failed_S = torch.linalg.cholesky_ex(H_SRR.flip(1, 2))
+        if bool(failed_S.any()):  # although it could be factored as a whole: its numbers are too small for float32
+            raise SolverError(
+                name, f"a Hessian of numbers about {float(H_KK.diagonal().mean()):.0e}",
+                "numbers that float32 can factor", "check the layer's weights and activations",
+            )  # fmt: skip
+        U_SRR = _inverses(L_SRR.flip(1, 2))
         for start in range(0, k, LAZY * STRIP):
             stop = min(start + LAZY * STRIP, k)
             change_NL = Q_NK.new_zeros(len(Q_NK), stop - start)
