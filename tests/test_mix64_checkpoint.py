@@ -17,9 +17,10 @@ from bitshard.errors import FormatError, PlanError
 from bitshard.integrations.transformers import load, require_degree
 from bitshard.kernels import why_not_grouped
 from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
+from bitshard.models import Shapes
 from bitshard.nn import Mix64Linear
 from bitshard.parallel import count_collectives, launch
-from bitshard.plan import padding_for
+from bitshard.plan import Padding, padding_for
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import MixSpec, QuantSpec
 from bitshard.writer import Task, Writer
@@ -148,6 +149,13 @@ def test_degrees(tmp_path: Path) -> None:
     assert {o.reason for o in paper.obstacles(2)} == {"256 output channels / 2 splits a tile of 256 output channels"}
     wider = replace(paper, sizes=replace(plan.sizes, heads=8, kv_heads=8, intermediate=288))
     assert padding_for(wider, 2).intermediate == 512
+    # Qwen2.5-0.5B and stories260K: more KV heads than 2 ranks of the first two numbers that were tried
+    qwen = Shapes(hidden=896, intermediate=4864, heads=14, kv_heads=2, head_dim=64, layers=2, experts=0)
+    assert padding_for(replace(paper, sizes=qwen), 2) == Padding(5120, 56, 8)
+    stories = Shapes(hidden=64, intermediate=172, heads=8, kv_heads=4, head_dim=8, layers=2, experts=0)
+    assert padding_for(replace(finer, sizes=stories), 2) == Padding(256, 32, 16)
+    with pytest.raises(PlanError, match="tensor-parallel degree: found 1000; allowed: 1 to 64"):
+        padding_for(finer, 1000)
 
 
 def test_a_row_matrix_with_strips_out_of_order_is_not_cut(tmp_path: Path) -> None:

@@ -182,28 +182,31 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
 
     Raises PlanError when no padding can: a multi-query model's one KV head is never multiplied.
     """
-    if tp_size < 1:
-        raise PlanError("tensor-parallel degree", str(tp_size), "1 or more", "choose one")
+    if not 1 <= tp_size <= CANDIDATE_DEGREES[-1]:
+        raise PlanError("tensor-parallel degree", str(tp_size), f"1 to {CANDIDATE_DEGREES[-1]}", "choose one")
     sizes = plan.sizes
-    unit = 1  # the MLP's hidden width must be a multiple of this on every rank
+    mlp_unit = attention_unit = 1  # what a rank holds of a width must be a multiple of these
     for layer in range(sizes.layers):
         for name, linear in plan.linears(layer):
             spec = plan.spec_of(name)
-            if spec is not None and linear.name not in (*plan.arch.attention.column, plan.arch.attention.row):
-                unit = lcm(unit, spec.padding_unit(linear.role))
-    step = unit * tp_size
+            if spec is None:
+                continue
+            if linear.name in (*plan.arch.attention.column, plan.arch.attention.row):
+                attention_unit = lcm(attention_unit, spec.padding_unit(linear.role))
+            else:
+                mlp_unit = lcm(mlp_unit, spec.padding_unit(linear.role))
+    step = mlp_unit * tp_size
     intermediate = ceil(sizes.intermediate / step) * step
     per_group = sizes.heads // sizes.kv_heads
-    kv_heads = sizes.kv_heads
-    while kv_heads <= sizes.kv_heads * tp_size + tp_size:
+    # KV heads of a rank: of as many numbers in a row as the unit has channels, one is a multiple of it
+    first = ceil(sizes.kv_heads / tp_size)
+    counts = range(tp_size * first, tp_size * (first + attention_unit), tp_size)
+    for kv_heads in [sizes.kv_heads] if plan._replicates_kv else counts:
         padded = Shapes(
             sizes.hidden, intermediate, kv_heads * per_group, kv_heads, sizes.head_dim, sizes.layers, sizes.experts
         )
         if not TPPlan(plan.arch, padded, plan.spec_of, plan.gathered).obstacles(tp_size):
             return Padding(intermediate, kv_heads * per_group, kv_heads)
-        if plan._replicates_kv:
-            break
-        kv_heads += 1
     raise PlanError(
         f"{plan.arch.blocks}.0.{plan.arch.attention.row}",
         f"{sizes.heads} heads of {sizes.head_dim} that no zero-padding cuts into {tp_size}",
