@@ -103,7 +103,7 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
     by_suffix = {tensor.rpartition(".")[2]: shape for tensor, shape in tensors.items()}
     k, n = layout.check_shapes(checkpoint.where(name), by_suffix, spec, checkpoint.size_of(name))
     irregular = checkpoint.is_irregular(name)
-    size = layout.matrix_bytes(by_suffix, spec, (k, n), irregular)
+    size = layout.matrix_bytes(by_suffix, spec, (k, n))
     return MatrixInfo(
         name=name,
         in_features=k,

@@ -96,10 +96,8 @@ class Layout(Protocol):
         """The exact inverse of `unpack`."""
         ...
 
-    def matrix_bytes(
-        self, shapes: Mapping[str, Sequence[int]], spec: Any, size: tuple[int, int], irregular: bool
-    ) -> int:
-        """Bytes of all tensors that a matrix of K and N channels needs, without its bias, which is no weight."""
+    def matrix_bytes(self, shapes: Mapping[str, Sequence[int]], spec: Any, size: tuple[int, int]) -> int:
+        """Bytes of all tensors of a matrix of K and N channels, without its bias, which is no weight."""
         ...
 
 
@@ -139,11 +137,9 @@ class GptqLayout:
             tensors["bias"] = weight.bias_N.contiguous()
         return tensors
 
-    def matrix_bytes(
-        self, shapes: Mapping[str, Sequence[int]], spec: QuantSpec, size: tuple[int, int], irregular: bool
-    ) -> int:
-        """`g_idx` counts only where it says something; scales count as 16 bits."""
-        return spec.code_bytes(*size) + spec.scale_bytes(*size) + (4 * size[0] if irregular else 0)
+    def matrix_bytes(self, shapes: Mapping[str, Sequence[int]], spec: QuantSpec, size: tuple[int, int]) -> int:
+        """`g_idx` counts where there is one, even in order; scales count as 16 bits."""
+        return spec.code_bytes(*size) + spec.scale_bytes(*size) + (4 * size[0] if "g_idx" in shapes else 0)
 
     def unpack_zeros(self, qzeros: torch.Tensor, bits: int) -> torch.Tensor:
         """[G, N*bits/32] words to the true zeros, uint8 [G, N]."""
@@ -394,9 +390,7 @@ class Mix64Layout:
             cut |= _outlier_tensors(outliers, rows, columns, len(cut["qweight"]))
         return cut
 
-    def matrix_bytes(
-        self, shapes: Mapping[str, Sequence[int]], spec: MixSpec, size: tuple[int, int], irregular: bool
-    ) -> int:
+    def matrix_bytes(self, shapes: Mapping[str, Sequence[int]], spec: MixSpec, size: tuple[int, int]) -> int:
         """Every tensor as it is stored."""
         return sum(prod(shape) * self.dtypes[suffix].itemsize for suffix, shape in shapes.items() if suffix != "bias")
 
