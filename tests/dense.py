@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from factory import ASSETS, CONFIGS
@@ -37,6 +38,15 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def framing_tokenizer() -> PreTrainedTokenizerFast:
+    """One that puts tokens 1 and 2 before a text, as GLM-4's puts `[gMASK]<sop>`, and token 3 after it."""
+    tokenizer = character_tokenizer()
+    own = [(ALPHABET[i], i + 1) for i in range(3)]
+    single = [*(character for character, _ in own[:2]), "$A", own[2][0]]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=own)
+    return tokenizer
 
 
 def random_text(characters: int, seed: int = 0) -> str:

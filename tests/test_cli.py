@@ -142,7 +142,7 @@ def failures(place: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]
         "no folder": (["inspect", "/nothing/at/all"], "/nothing/at/all: found no such folder"),
         "no hub id": (["inspect", ""], ": found "),
         "out exists": (["convert", gptq, gptq], "gptq: found an existing file or folder"),
-        "pad to 0": (["convert", gptq, out, "--pad-to", 0], "tensor-parallel degree: found 0; allowed: 1 or more"),
+        "pad to 0": (["convert", gptq, out, "--pad-to", 0], "tensor-parallel degree: found 0; allowed: 1 to 64"),
         "pad to -1": (["plan", gptq, "--pad", -1], "tensor-parallel degree: found -1"),
         "max tp": ([*calibrate, "--max-tp", 0], "tensor-parallel degree: found 0"),
         "no bandwidth": (["plan", gptq, "--gb-per-s", 0], "gb_per_s: found 0"),
@@ -167,6 +167,8 @@ def failures(place: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]
         "not converted": ([*ask, "--tp", 2], "down_proj: found an irregular g_idx"),
         "temperature": ([*ask, "--temperature", -1], "temperature: found -1"),
         "temperature NaN": ([*ask, "--temperature", "nan"], "temperature: found nan"),
+        "temperature of nothing": ([*ask, "--temperature", "1e-40"], "temperature: found 1e-40; allowed: 0, or 1e-06"),
+        "prompt in bytes": (["generate", gptq, "\udce9"], r"prompt: found '\udce9'; allowed: UTF-8 text"),
         "no new tokens": ([*ask, "--max-new-tokens", 0], "max_new_tokens: found 0"),
         "too many tokens": ([*ask, "--max-new-tokens", 500], "length: found 505 tokens; allowed: 128"),
         "no prompt": (["generate", gptq, ""], "text: found no tokens"),
@@ -194,6 +196,13 @@ def test_another_models_tokenizer(copy: Path) -> None:
     tensors({name: torch.zeros(64, 64).half() for name in ("model.embed_tokens.weight", "lm_head.weight")})(copy)
     config(vocab_size=64)(copy)
     assert "tokenizer.json: found token 80; allowed: 0 to 63" in refusal("generate", copy, "Hello")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}"])
+def test_a_broken_chat_template(template: str, copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    assert "gptq: found a chat template that fails (Template" in refusal("generate", copy, "Hello")
+    assert success("generate", copy, "Hello", "--max-new-tokens", 2, "--no-chat")
 
 
 def test_a_model_that_predicts_nothing(copy: Path, place: Path) -> None:

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from bitshard import evaluate as module
-from bitshard.errors import BitshardError, CheckpointError
+from bitshard.errors import BitshardError, CheckpointError, SpecError
 from bitshard.evaluate import (
     TaskOptions,
     TextOptions,
@@ -26,10 +26,11 @@ from bitshard.evaluate import (
     task_scores,
     text_windows,
 )
-from bitshard.integrations.transformers import load, load_tokenizer
+from bitshard.integrations.transformers import load
+from bitshard.sources import load_tokenizer
 from bitshard.spec import QuantSpec
 from commands import bitshard, refusal
-from dense import character_tokenizer, random_model, random_text
+from dense import character_tokenizer, framing_tokenizer, random_model, random_text
 from factory import ASSETS, random_checkpoint, rewrite
 
 TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
@@ -66,22 +67,25 @@ def log_probabilities(model: Any, windows: Windows) -> tuple[torch.Tensor, torch
     return logs[:, :-1][:, -windows.scored :], batch[:, -windows.scored :]
 
 
-@pytest.mark.parametrize("tokenizer", [character_tokenizer, bos_tokenizer])
+@pytest.mark.parametrize("tokenizer", [character_tokenizer, bos_tokenizer, framing_tokenizer])
 @pytest.mark.parametrize("stride", [None, 24, 23, 7, 1])
 def test_every_token_is_scored_once(stride: int | None, tokenizer: Any) -> None:
     text = random_text(100)
     ids = character_tokenizer()(text)["input_ids"]
     windows = text_windows(tokenizer(), text, 24, stride)
-    first = int(tokenizer is bos_tokenizer)
+    before = {bos_tokenizer: [0], framing_tokenizer: [1, 2]}.get(tokenizer, [])
+    first = len(before)
     step = min(stride or 24, 24 - first)
     for i in range(len(windows)):
-        assert windows[i].tolist() == [[0] * first + ids[i * step : i * step + 24 - first]]
+        assert windows[i].tolist() == [before + ids[i * step : i * step + 24 - first]]
     assert len(windows) * step + 24 - first > 100  # one more would not fit
     scored = [i * step + 24 - first - windows.scored + j for i in range(len(windows)) for j in range(windows.scored)]
     assert len(set(scored)) == len(scored)
     if stride not in (None, 24) or first:  # disjoint windows without a first token leave each one's first unscored
         assert scored == list(range(scored[0], scored[0] + len(scored)))
     assert len(text_windows(tokenizer(), text, 24, stride, 2)) == 2
+    with pytest.raises(SpecError, match=f"context: found 1; allowed: {max(2, first + 1)} tokens or more"):
+        text_windows(tokenizer(), text, 1)
 
 
 @pytest.mark.parametrize("stride", [None, 16])

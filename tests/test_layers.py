@@ -26,7 +26,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # who may import what from outside the standard library, torch and numpy
 ENGINES = {
-    "transformers": {"blockwise", "evaluate", "generate", "integrations", "pipeline", "sources", "verify"},
+    "transformers": {"blockwise", "evaluate", "generate", "integrations", "sources", "verify"},
     "huggingface_hub": {"sources"},
     "accelerate": {"blockwise"},
     "gguf": {"bench", "sources"},

@@ -6,12 +6,13 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitshard import sources
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError
-from dense import random_model
+from dense import character_tokenizer, random_model
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:
@@ -24,14 +25,46 @@ def test_json_lines_give_their_text(tmp_path: Path) -> None:
     assert sources.calibration_text(tmp_path / "a.jsonl") == "one\n\ntwo"
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json"])
+def test_json_lines_end_at_line_feeds_alone(name: str, tmp_path: Path) -> None:
+    """A string may hold other ends of lines, and a file a byte order mark."""
+    text = "one\u2028two\u0085three\x7f"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f'{{"text": "{text}"}}\r\n{{"text": "four"}}'.encode())
+    assert sources.calibration_text(tmp_path / name) == f"{text}\n\nfour"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert sources.calibration_text(tmp_path / "a.txt") == "one"
+
+
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.jsonl", b'{"body": "one"}'), ("a.jsonl", b"[1]"), ("a.jsonl", b"not json"), ("a.txt", b"\xff\xfe\xff")],
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n\n{"body": "two"}', "line 3: no `text`"),
+        ("a.jsonl", b"[1]", "line 1: no `text`"),
+        ("a.jsonl", b'{"text": 5}', "line 1: no `text` that is a string"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": oops}', "line 2: Expecting value"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: .*surrogates not allowed"),
+        ("a.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
+        ("a.txt", b"\xff\xfe\xff", "UnicodeDecodeError"),
+    ],
 )
-def test_other_files_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
+def test_other_files_are_refused(name: str, content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name}: found .*--calibration FILE"):
+    with pytest.raises(CheckpointError, match=f"{name}: found {says}.*--calibration FILE"):
         sources.calibration_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("tokens", [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]"),
+                                    ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+                                    ("tokenizer_config.json", '{"unk_token": 5}')])  # fmt: skip
+def test_a_broken_tokenizer_is_refused(tokens: tuple[str, str], tmp_path: Path) -> None:
+    character_tokenizer().save_pretrained(tmp_path)
+    assert sources.load_tokenizer(tmp_path)("hello")["input_ids"]
+    (tmp_path / tokens[0]).write_text(tokens[1])
+    with pytest.raises(CheckpointError, match="found no usable tokenizer"):
+        sources.load_tokenizer(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -120,7 +153,7 @@ def write_gguf(path: Path, model: Path, without: str = "") -> None:
 
 def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model, file = random_model(tmp_path / "m", "llama"), tmp_path / "tiny.gguf"
+    model, file = random_model(tmp_path / "m", "llama"), tmp_path / "tiny.GGUF"
     write_gguf(file, model)
     folder = sources.resolve(str(file))
     assert folder.parent == tmp_path / "cache" / "bitshard" and folder.name.startswith("tiny-")
@@ -141,6 +174,23 @@ def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path, monkeypatch: pytest.
     name = "model.layers.1.mlp.up_proj.weight"
     write_gguf(tmp_path / "tiny.gguf", random_model(tmp_path / "m", "llama"), without=name)
     with pytest.raises(CheckpointError, match=f"no tensor for {name}"):
+        sources.resolve(str(tmp_path / "tiny.gguf"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the cache is not blamed on the GGUF file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").touch()
+
+    def full(path: Path, out: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(sources, "_convert_gguf", full)
+    with pytest.raises(CheckpointError, match=r"cache/bitshard: found .*No space left.*make room.*XDG_CACHE_HOME"):
+        sources.resolve(str(tmp_path / "tiny.gguf"))
+    assert not list((tmp_path / "cache" / "bitshard").iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "tiny.gguf"))
+    with pytest.raises(CheckpointError, match="tiny.gguf/bitshard: found .*Not a directory"):
         sources.resolve(str(tmp_path / "tiny.gguf"))
 
 

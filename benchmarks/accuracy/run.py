@@ -35,8 +35,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from bitshard.bench.report import header
 from bitshard.checkpoint import Checkpoint
 from bitshard.evaluate import TaskOptions, load_tasks, perplexity, task_scores, text_windows
-from bitshard.integrations.transformers import load, load_tokenizer
-from bitshard.sources import resolve
+from bitshard.integrations.transformers import load
+from bitshard.sources import load_tokenizer, resolve, tokens_before
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "accuracy"
@@ -90,8 +90,8 @@ class Subject:
 
     @cached_property
     def segments_SL(self) -> torch.Tensor:
-        """The calibration segments, int64 [64, 512]; each begins with the tokenizer's first token, if it has one."""
-        first = self.tokenizer("")["input_ids"][:1]
+        """The calibration segments, int64 [64, 512]; each begins with what the tokenizer puts before a text."""
+        first = tokens_before(self.tokenizer)
         size = LENGTH - len(first)
         ids = self.tokenizer(self.text("mix"), add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor([first + ids[i * size : (i + 1) * size] for i in range(SAMPLES)])

@@ -21,9 +21,9 @@ import torch
 from transformers import PreTrainedModel
 
 from bitshard.errors import CheckpointError, SpecError
-from bitshard.integrations.transformers import load, load_tokenizer, require_tokens
+from bitshard.integrations.transformers import load, require_tokens
 from bitshard.progress import Progress, silent
-from bitshard.sources import read_text
+from bitshard.sources import load_tokenizer, read_text, tokens_before
 
 LARGEST_LOSS = 700  # its exp is still a float; a uniform guess costs 12
 CHUNK = 128
@@ -56,7 +56,7 @@ class TaskOptions:
 class Windows:
     """Windows of one tokenized text, for any number of models: the last `stride` tokens of each are scored.
 
-    first: token ids that the tokenizer puts before a text (Gemma's `<bos>`), at the start of every window.
+    first: token ids that the tokenizer puts before a text (Gemma's `<bos>`), at the start of every window; not scored.
     tokens_WS: int64 [windows, context - len(first)], a view of the text's tokens that overlaps where stride < context.
     """
 
@@ -70,8 +70,8 @@ class Windows:
 
     @property
     def scored(self) -> int:
-        """Tokens scored in one window: nothing predicts the first."""
-        return min(self.stride, self.context - 1)
+        """Tokens scored in one window: nothing predicts the first one of a text that no other comes before."""
+        return min(self.stride, self.context - max(1, len(self.first)))
 
     def __len__(self) -> int:
         return len(self.tokens_WS)
@@ -178,11 +178,12 @@ def text_windows(
     `where` as its name, when the text is too short.
     """
     stride = context if stride is None else stride
-    if context < 2:
-        raise SpecError("context", str(context), "2 tokens or more", "choose for example 1024")
+    first = tokens_before(tokenizer)
+    least = max(2, len(first) + 1)
+    if context < least:
+        raise SpecError("context", str(context), f"{least} tokens or more", "choose for example 1024")
     if not 1 <= stride <= context:
         raise SpecError("stride", str(stride), f"1 to the context, {context}", "leave it out for disjoint windows")
-    first = tokenizer("")["input_ids"][:1]
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     size = context - len(first)
     step = min(stride, size)

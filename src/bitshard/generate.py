@@ -15,10 +15,13 @@ from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import SpecError
-from bitshard.integrations.transformers import load, load_tokenizer, require_degree, require_tokens
+from bitshard.errors import CheckpointError, SpecError
+from bitshard.integrations.transformers import load, require_degree, require_tokens
 from bitshard.kernels import require_backend
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
+from bitshard.sources import load_tokenizer
+
+LEAST_TEMPERATURE = 1e-6  # less is greedy, and soon divides logits to infinity
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise SpecError("max_new_tokens", str(self.max_new_tokens), "1 or more", "ask for at least one token")
-        if not 0 <= self.temperature < math.inf:
-            raise SpecError("temperature", str(self.temperature), "0 or more", "choose 0 for greedy decoding")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise SpecError(
+                "temperature", str(self.temperature), f"0, or {LEAST_TEMPERATURE:g} or more",
+                "choose 0 for greedy decoding",
+            )  # fmt: skip
         require_backend(self.backend)
 
 
@@ -112,9 +118,20 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        raise SpecError("prompt", ascii(prompt), "UTF-8 text", "write it in UTF-8") from None
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # whatever a template, which is a program, may raise
+            says = " ".join(str(error).split())
+            raise CheckpointError(
+                tokenizer.name_or_path, f"a chat template that fails ({type(error).__name__}: {says})",
+                "a template for one user message", "get the tokenizer files again, or pass --no-chat",
+            ) from None  # fmt: skip
     return tokenizer(prompt, return_tensors="pt")

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from bitshard import __version__
 from bitshard.blockwise import BlockwiseModel, Watcher
@@ -50,7 +49,7 @@ from bitshard.solver.gptq import SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.solver.tune import judges, tune
-from bitshard.sources import calibration_text, resolve
+from bitshard.sources import calibration_text, load_tokenizer, resolve, tokens_before
 from bitshard.spec import (
     BLOCK,
     FRACTIONS,
@@ -294,17 +293,16 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more:
     limit = checkpoint.config.get("max_position_embeddings", checkpoint.config.get("n_positions", length))
     if length > limit:
         raise SpecError("calibration", f"segments of {length} tokens", f"{limit}, the model's longest", "ask for less")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(checkpoint.path), f"no usable tokenizer ({type(error).__name__})", "the model's tokenizer files",
-            "copy them there",
-        ) from None  # fmt: skip
+    tokenizer = load_tokenizer(checkpoint.path)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    first = torch.tensor(tokenizer("")["input_ids"][:1], dtype=torch.int64)  # Gemma is lost without its <bos>
+    first = torch.tensor(tokens_before(tokenizer), dtype=torch.int64)  # Gemma is lost without its <bos>
     own = length - len(first)
-    count = len(tokens) // own if own else 0
+    if own < 1:
+        raise SpecError(
+            "calibration", f"segments of {length} tokens", f"{len(first) + 1} or more: the tokenizer puts {len(first)} "
+            "before a text", "ask for more",
+        )  # fmt: skip
+    count = len(tokens) // own
     if count < samples:
         raise SpecError(
             "calibration", f"a text of {count} segments of {length} tokens", f"at least {samples}",

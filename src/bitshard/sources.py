@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from bitshard.errors import CheckpointError
 
@@ -24,7 +25,7 @@ def resolve(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _converted_gguf(path)
     if path.exists():
         raise CheckpointError(str(path), "a file", "a folder, a .gguf file or a hub id", "name the folder it is in")
@@ -43,19 +44,60 @@ def calibration_text(path: Path | None) -> str:
 def read_text(path: Path, option: str) -> str:
     """Plain text, or the `text` fields of JSON lines (.jsonl, .json); `option` is what the user named the file with.
 
-    Raises CheckpointError when it is neither.
+    A byte order mark is no part of it. Raises CheckpointError when it is neither, and for half a surrogate pair, which
+    no tokenizer reads.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".jsonl", ".json"):
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         says = error.strerror if isinstance(error, OSError) else None
-        raise CheckpointError(
-            str(path), says or f"{type(error).__name__}: {error}",
-            "UTF-8 text, or JSON lines with a `text` field each", f"pass another file with {option} FILE",
-        ) from None  # fmt: skip
+        raise _no_text(path, says or f"{type(error).__name__}: {error}", option) from None
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        return text
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand inside a JSON string
+        if line.strip():
+            try:
+                texts.append(_text_of(line))
+            except (ValueError, RecursionError) as error:
+                says = error.msg if isinstance(error, json.JSONDecodeError) else f"{error}"
+                raise _no_text(path, f"line {number}: {says}", option) from None
+    return "\n\n".join(texts)
+
+
+def _text_of(line: str) -> str:
+    """The `text` of one JSON object; ValueError says what is wrong with it."""
+    row = json.loads(line)
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("no `text` that is a string")
+    text.encode()
     return text
+
+
+def _no_text(path: Path, found: str, option: str) -> CheckpointError:
+    return CheckpointError(
+        str(path), found, "UTF-8 text, or JSON lines with a `text` field each", f"pass another file with {option} FILE"
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model's folder; CheckpointError when there is none that works."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever damaged files may raise, said in one sentence
+        raise CheckpointError(
+            str(path), f"no usable tokenizer ({type(error).__name__})", "the model's tokenizer files", "copy them there"
+        ) from None
+
+
+def tokens_before(tokenizer: Any) -> list[int]:
+    """Token ids that a tokenizer puts before every text, without those that it puts after it."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return list(whole[: next(starts, 0)])
 
 
 def packaged_model() -> Path:
@@ -104,18 +146,29 @@ def _converted_gguf(path: Path) -> Path:
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
+            partial.mkdir(parents=True)
             _convert_gguf(path, partial)
             partial.rename(folder)
         except Exception as error:  # whatever a reader of foreign files may raise, said in one sentence
             if not folder.exists():  # else another process was faster
-                raise CheckpointError(
-                    str(path), f"a GGUF file that transformers cannot read ({_first_line(error)})",
-                    "a GGUF of an architecture that transformers knows, and the `gguf` package",
-                    "pip install gguf, or use the model's safetensors",
-                ) from None  # fmt: skip
+                raise _no_conversion(path, cache, error) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _no_conversion(path: Path, cache: Path, error: Exception) -> CheckpointError:
+    # of what fails here, only writing has a number from the system; safetensors passes it on as text
+    if (isinstance(error, OSError) and error.errno) or "(os error" in str(error):
+        return CheckpointError(
+            str(cache), f"a cache that cannot be written ({_first_line(error)})",
+            "room for the converted model", "make room, or choose another place with XDG_CACHE_HOME",
+        )  # fmt: skip
+    return CheckpointError(
+        str(path), f"a GGUF file that transformers cannot read ({_first_line(error)})",
+        "a GGUF of an architecture that transformers knows, and the `gguf` package",
+        "pip install gguf, or use the model's safetensors",
+    )  # fmt: skip
 
 
 def _convert_gguf(path: Path, out: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -104,19 +104,6 @@ def _unknown(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
         str(path / "config.json"), found, "a causal language model that transformers knows", "use such a model"
     )
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; CheckpointError when it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises nothing more special for a damaged file
-        raise CheckpointError(
-            str(path),
-            f"no usable tokenizer ({type(error).__name__})",
-            "tokenizer.json beside the weights",
-            "copy it there",
-        ) from None
 
 
 def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> None:
