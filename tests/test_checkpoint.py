@@ -292,6 +292,12 @@ def test_values_are_checked_where_codes_are_used(verb: str, folder: Path) -> Non
         assert f"{DOWN}.scales: found NaN" in refusal(verb, folder, *(["Hello"] if verb == "generate" else []))
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.norm.weight", "lm_head.weight"])
+def test_verify_checks_what_is_not_quantized(name: str, folder: Path) -> None:
+    tensors({name: Checkpoint.open(folder).tensor(name).clone().fill_(torch.inf)})(folder)
+    assert f"in: {name}: found NaN or infinite values" in refusal("verify", folder)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -13,14 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alter import Change, config, tensors
 from bitshard.blockwise import BlockwiseModel
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
+from bitshard.inspection import inspect
 from bitshard.models import mlp_paths
-from bitshard.pipeline import Calibration, QuantizeReport, quantize
+from bitshard.pipeline import Calibration, QuantizeReport, _segments, quantize
 from bitshard.solver.hessian import Hessian
 from bitshard.spec import GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
-from dense import random_model, random_text
+from dense import character_tokenizer, framing_tokenizer, random_model, random_text
 from factory import CONFIGS, dense_model, rewrite, token_ids
 from kill import Killed, counting_down, dies_at
 
@@ -119,6 +121,12 @@ def test_every_architecture(model_type: str, spec: QuantSpec, text: Path, tmp_pa
     out = Checkpoint.open(tmp_path / "out")
     assert out.gptq.spec == spec and out.gptq.layout.zeros_version == (1 if spec.sym else 2)
     assert sorted(m.name for m in report.matrices) == sorted(out.matrices())
+    stored = out.read(
+        f"{name}.{suffix}" for name in out.matrices() for suffix in ("qweight", "qzeros", "scales", "g_idx")
+    )
+    weights = sum(m.in_features * m.out_features for m in inspect(out.path).matrices)
+    on_disk = 8 * sum(tensor.nbytes for tensor in stored.values()) / weights
+    assert inspect(out.path).average_bits == report.average_bits == on_disk
     assert all(0 < m.relative_error < 8 * 4.0**-spec.bits for m in report.matrices), report.matrices
     kept = [name for name in source.files if name.rpartition(".")[0] not in out.matrices() or name.endswith(".bias")]
     for name in kept:
@@ -377,28 +385,145 @@ def test_refuses_broken_files_by_name(text: Path, tmp_path: Path) -> None:
     rewrite(model, {"model.layers.1.mlp.up_proj.weight": torch.zeros(8, 8)})
     refused(FormatError, r"layers.1.mlp.up_proj.weight: found shape \[8, 8\]", model, SPEC, small(text))
     rewrite(other, {"model.layers.1.mlp.up_proj.weight": torch.full((128, 64), torch.nan)})
-    refused(SolverError, r"layers.1.mlp.up_proj: found NaN or infinite weights", other, SPEC, small(text))
+    refused(SolverError, r"layers.1.mlp.up_proj.weight: found NaN or infinite values", other, SPEC, small(text))
     rewrite(other, {"model.layers.0.input_layernorm.weight": torch.full((64,), torch.inf)})
-    refused(SolverError, r"layers.0.self_attn.q_proj: found NaN or infinite activations", other, SPEC, small(text))
+    refused(SolverError, r"layers.0.input_layernorm.weight: found NaN or infinite values", other, SPEC, small(text))
+
+
+GATE, Q_BIAS = "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.self_attn.q_proj.bias"
+NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+MISFITS: dict[str, tuple[str, Change, str]] = {
+    "no lm_head": ("llama", tensors({"lm_head.weight": None}), "lm_head.weight: found no such tensor"),
+    "no norm": ("llama", tensors({NORM: None}), f"{NORM}: found no such tensor"),
+    "no bias": ("qwen2", tensors({Q_BIAS: None}), f"{Q_BIAS}: found no such tensor"),
+    "lm_head": (
+        "llama", tensors({"lm_head.weight": torch.zeros(50, 64)}),
+        r"lm_head.weight: found shape \[50, 64\]; allowed: \[96, 64\], as config.json has it",
+    ),
+    "vocabulary": ("llama", config(vocab_size=100), r"lm_head.weight: found shape \[96, 64\]; allowed: \[100, 64\]"),
+    "norm": ("llama", tensors({NORM: torch.ones(1, 64)}), rf"{NORM}: found shape \[1, 64\]; allowed: \[64\]"),
+    "bias": ("qwen2", tensors({Q_BIAS: torch.zeros(32)}), rf"{Q_BIAS}: found shape \[32\]; allowed: \[64\]"),
+    "router": ("mixtral", tensors({GATE: torch.ones(3, 64)}), rf"{GATE}: found shape \[3, 64\]; allowed: \[4, 64\]"),
+    "one bias more": (
+        "llama", tensors({Q_BIAS: torch.ones(64)}), f"{Q_BIAS}: found a tensor that the model does not have"
+    ),
+    "one expert more": (
+        "mixtral", config(num_local_experts=3), r"experts\.3\.w1\.weight: found a tensor that the model does not have"
+    ),
+    "8-bit integers": ("llama", tensors({UP: torch.ones(128, 64, dtype=torch.int8)}), f"{UP}: found dtype I8; allowed"),
+    "truth": ("llama", tensors({NORM: torch.ones(64, dtype=torch.bool)}), f"{NORM}: found dtype BOOL"),
+    "complex": ("llama", tensors({UP: torch.ones(128, 64, dtype=torch.complex64)}), f"{UP}: found dtype C64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [SPEC, MixSpec()], ids=["gptq", "mix64"])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_refuses_tensors_that_are_not_the_models(
+    misfit: str, spec: QuantSpec | MixSpec, text: Path, tmp_path: Path
+) -> None:
+    model_type, change, says = MISFITS[misfit]
+    model = random_model(tmp_path / "m", model_type)
+    change(model)
+    with pytest.raises(FormatError, match=says):
+        quantize(model, tmp_path / "refused", spec, small(text))
+    assert not list(tmp_path.glob("refused*"))
+
+
+@pytest.mark.parametrize("spec", [SPEC, MixSpec()], ids=["gptq", "mix64"])
+@pytest.mark.parametrize(
+    ("model_type", "buffers"),
+    [
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+        (
+            "gpt_bigcode",
+            {
+                "transformer.h.0.attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.bool),
+                "transformer.h.0.attn.masked_bias": torch.tensor(-torch.inf),
+            },
+        ),
+    ],
+)
+def test_buffers_of_older_files_are_left_out(
+    model_type: str, buffers: dict[str, torch.Tensor], spec: QuantSpec | MixSpec, text: Path, tmp_path: Path
+) -> None:
+    model = random_model(tmp_path / "m", model_type)
+    quantize(model, tmp_path / "plain", spec, small(text))
+    tensors(buffers)(model)
+    quantize(model, tmp_path / "out", spec, small(text))
+    assert digest(tmp_path / "out") == digest(tmp_path / "plain")
+
+
+def test_a_tied_model_may_hold_its_lm_head(text: Path, tmp_path: Path) -> None:
+    model, head = random_model(tmp_path / "m", "granite"), torch.randn(96, 64).half()
+    tensors({"lm_head.weight": head})(model)
+    quantize(model, tmp_path / "out", SPEC, small(text))
+    assert torch.equal(Checkpoint.open(tmp_path / "out").tensor("lm_head.weight"), head)
+
+
+def test_a_number_outside_the_blocks_is_kept(text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "llama")
+    tensors({"scale.weight": torch.tensor(3.0)})(model)
+    quantize(model, tmp_path / "out", MixSpec(), small(text))
+    assert Checkpoint.open(tmp_path / "out").tensor("scale.weight") == 3
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_refuses_outputs_that_overflow(correct: bool, text: Path, tmp_path: Path) -> None:
+    """In the last block, whose outputs no matrix reads."""
+    model, huge = random_model(tmp_path / "m", "gpt_bigcode", dtype=torch.float32), torch.zeros(64)
+    huge[0] = 2e38
+    tensors({f"transformer.h.1.{name}.c_proj.bias": huge for name in ("attn", "mlp")})(model)
+    says = f"transformer.h.1: {'' if correct else 'quantized '}outputs: found NaN or infinite"
+    with pytest.raises(SolverError, match=says):
+        quantize(model, tmp_path / "refused", MixSpec(), small(text), MixRecipe(correct=correct))
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"rope_parameters": {"rope_type": "nonsense"}},
+        {"rope_parameters": {"rope_type": "linear"}},
         {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "chatglm"},
+        {"max_position_embeddings": None},
+        {"max_position_embeddings": "128"},
+        {"vocab_size": None},
+        {"rms_norm_eps": None},
+        {"hidden_act": None},
+        {"dtype": "float99"},
+        {"pad_token_id": 1000},
+        {"_attn_implementation": "flash_attention_2"},
     ],
-    ids=["option", "remote code"],
+    ids=str,
 )
 def test_refuses_what_transformers_cannot_build(changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "llama")
     sizes, path = Checkpoint.open(model).sizes, model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(PlanError, match="transformers cannot build"):
+    with pytest.raises(PlanError, match=r"transformers cannot build \(\w+: .+\)"):
         BlockwiseModel(Checkpoint.open(model), sizes, {}, torch.device("cpu"))
     if "auto_map" not in changes:  # else a chatglm's own tensors are missed first
         refused(PlanError, r"transformers cannot build", model, SPEC, small(text))
         assert not list(tmp_path.glob("refused*"))
+
+
+@pytest.mark.parametrize("chosen", [0, 5, "2"])
+def test_refuses_more_experts_than_there_are(chosen: Any, text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "mixtral")
+    config(num_experts_per_tok=chosen)(model)
+    refused(PlanError, f"num_experts_per_tok = {chosen!r}; allowed: 1 to 4", model, SPEC, small(text))
+
+
+def test_every_token_before_a_text_is_kept(text: Path, tmp_path: Path) -> None:
+    """Two before, as GLM-4's tokenizer puts them, and one after, which is left out."""
+    model = random_model(tmp_path / "m", "llama")
+    framing_tokenizer().save_pretrained(model)
+    found = _segments(Checkpoint.open(model), text.read_text(), small(text))
+    plain = character_tokenizer()(text.read_text())["input_ids"]
+    assert found.tolist() == [[1, 2, *plain[22 * i : 22 * (i + 1)]] for i in range(6)]
+    refused(
+        SpecError, "segments of 2 tokens; allowed: 3 or more: the tokenizer puts 2", model, SPEC, small(text, length=2)
+    )
 
 
 def perplexity(model: Any, tokens: torch.Tensor) -> float:

@@ -460,10 +460,7 @@ def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> Non
     for name, content, says in [
         ("empty.txt", "", "found a text of 0 segments of 24 tokens; allowed: at least 6"),
         ("short.txt", "Once upon a time", "found a text of 0 segments"),
-        ("no.jsonl", '{"txt": "x"}\n', "no.jsonl: found KeyError"),
-        ("list.jsonl", "[1, 2]\n", "list.jsonl: found TypeError"),
-        ("number.jsonl", '{"text": 5}\n', "number.jsonl: found TypeError"),
-        ("broken.jsonl", "{", "broken.jsonl: found JSONDecodeError"),
+        ("no.jsonl", '{"txt": "x"}\n', "no.jsonl: found line 1: no `text`"),
     ]:
         (tmp_path / name).write_text(content)
         refused(BitshardError, says, model, small(tmp_path / name))
@@ -491,17 +488,18 @@ def test_refuses_another_models_tokenizer(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_refuses_numbers_that_are_not_finite_by_name(value: float, text: Path, tmp_path: Path) -> None:
     broken = {
-        "model.layers.1.mlp.up_proj": "model.layers.1.mlp.up_proj: found NaN or infinite weights",
-        "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.gate_proj: found NaN or infinite activations",
-        "model.embed_tokens": "model.layers.0.self_attn.q_proj: found NaN or infinite activations",
-    }
-    for i, (name, says) in enumerate(broken.items()):
-        model = random_model(tmp_path / f"m{i}", "llama")
-        tensor = Checkpoint.open(model).tensor(f"{name}.weight").clone()
-        tensor[5:] = value  # every character of the text, for the embedding
-        rewrite(model, {f"{name}.weight": tensor})
+        "llama": ("model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight",
+                  "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+        "qwen2": ("model.layers.1.self_attn.q_proj.bias",),
+        "gpt_bigcode": ("transformer.h.1.mlp.c_proj.bias", "transformer.ln_f.bias"),
+    }  # fmt: skip
+    for i, (model_type, name) in enumerate((t, name) for t, names in broken.items() for name in names):
+        model = random_model(tmp_path / f"m{i}", model_type)
+        tensor = Checkpoint.open(model).tensor(name).clone()
+        tensor[0] = value  # no character of the text, for the embedding
+        rewrite(model, {name: tensor})
         recipe = MixRecipe() if value != value else MixRecipe("none", correct=False)
-        refused(SolverError, f"^{says}", model, small(text, samples=2), recipe=recipe)
+        refused(SolverError, f"^{name}: found NaN or infinite", model, small(text, samples=2), recipe=recipe)
 
 
 def test_refuses_a_hessian_that_cannot_be_factored(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ Shape legend: S segments of L tokens, H hidden channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import CheckpointError, PlanError
+from bitshard.errors import CheckpointError, FormatError, PlanError, SolverError
 from bitshard.models import Architecture, Shapes
 from bitshard.nn import Experts
 
@@ -23,6 +25,9 @@ Read = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 Watcher = Callable[[torch.Tensor], None]  # is given a matrix's input or output, [..., K] or [..., N]
 
 AT_ONCE = 2048  # tokens of whole segments that are run together
+FLOATS = ("BF16", "F16", "F32", "F64")  # dtypes of a model's tensors, as safetensors names them
+# rotary frequencies and causal masks, which older files hold and transformers makes itself
+OLD_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 class _Stop(Exception):
@@ -48,20 +53,18 @@ class BlockwiseModel:
     ) -> None:
         self.checkpoint, self.arch, self.device = checkpoint, checkpoint.arch, device
         self.bfloat16 = fast and _is_good_at_bfloat16(device)
-        self._model: nn.Module | None = _empty_model(checkpoint, config_updates, device)
+        self._model: nn.Module | None = _empty_model(checkpoint, sizes, config_updates, device)
         blocks = self._model.get_submodule(self.arch.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._blocks = blocks
-        for layer in range(sizes.layers if self.arch.mlp.experts else 0):
-            _separate_experts(self._model, self.arch, sizes, layer)
         self._arguments: dict[int, tuple[Any, Mapping[str, Any]]] = {}
 
     @torch.no_grad()
     def embed(self, tokens_SL: torch.Tensor, read: Read) -> torch.Tensor:
         """Inputs of the first block, float32 [S, L, H] on the CPU. To be called once, before any block is run.
 
-        read: gives tensors outside the blocks by name. Raises CheckpointError for a weight that is missing, here as in
-        `load`.
+        read: gives tensors outside the blocks by name. Raises CheckpointError for a weight that is missing and
+        SolverError for one that is not finite, here as in `load`.
         """
         assert self._model is not None
         base, prefix, embedded = self._model.base_model, f"{self._model.base_model_prefix}.", []
@@ -89,7 +92,7 @@ class BlockwiseModel:
         return torch.cat(embedded)
 
     def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give one block its weights, by full checkpoint name; any float dtype."""
+        """Give one block its weights and biases, by full checkpoint name; any float dtype."""
         self._load(self._blocks[layer], tensors, f"{self.arch.blocks}.{layer}.")
 
     def unload(self, layer: int) -> None:
@@ -191,6 +194,8 @@ class BlockwiseModel:
     def _load(
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str, but: nn.Module | None = None
     ) -> None:
+        for name, tensor in tensors.items():
+            require_finite(name, tensor)
         # a copy even of float32: where a mapped tensor lies, and so the last bit of a product, differs from run to run
         state = {
             self.arch.module_name(name).removeprefix(prefix): tensor.to(self.device, torch.float32, copy=True)
@@ -201,6 +206,51 @@ class BlockwiseModel:
         for name, parameter in module.named_parameters():
             if parameter.is_meta and parameter not in later:
                 raise CheckpointError(prefix + name, "no such tensor", "every weight of the model", "get it again")
+
+
+def own_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without buffers of older files, once it is known to hold all that its config.json's model reads.
+
+    Headers and what is outside the blocks are read. Raises PlanError when transformers cannot build the model,
+    FormatError for a tensor that is missing, has another shape or dtype than the model's, or is one that the model
+    does not have in a block, and SolverError for one outside the blocks that is not finite.
+    """
+    files = {name: file for name, file in checkpoint.files.items() if not OLD_BUFFERS.search(name)}
+    checkpoint, arch = replace(checkpoint, files=files), checkpoint.arch
+    model: Any = _empty_model(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes, dtypes = checkpoint.shapes(files), checkpoint.dtypes(files)
+    for name in sorted(expected.keys() - map(arch.module_name, files) - model.all_tied_weights_keys.keys()):
+        raise FormatError(
+            f"{checkpoint.path}: {name}", "no such tensor", "every tensor of the model, as config.json has it",
+            "correct config.json, or get the files again",
+        )  # fmt: skip
+    for name, file in files.items():
+        shape = expected.get(arch.module_name(name))
+        if shape is None and name.startswith(f"{arch.blocks}."):
+            raise FormatError(
+                f"{file}: {name}", "a tensor that the model does not have", "the model's own, as config.json has it",
+                "correct config.json, or take the tensor out",
+            )  # fmt: skip
+        if shape is not None and shape != shapes[name]:
+            raise FormatError(
+                f"{file}: {name}", f"shape {shapes[name]}", f"{shape}, as config.json has it",
+                "correct config.json, or get the files again",
+            )  # fmt: skip
+        if shape is not None and dtypes[name] not in FLOATS:
+            raise FormatError(
+                f"{file}: {name}", f"dtype {dtypes[name]}", ", ".join(FLOATS), "start from the 16-bit model"
+            )
+    outside = [name for name in checkpoint.names_outside_blocks() if arch.module_name(name) in expected]
+    for name, tensor in checkpoint.read(outside).items():
+        require_finite(name, tensor)
+    return checkpoint
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise SolverError with this name when there is a NaN or an infinite value."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise SolverError(name, "NaN or infinite values", "finite ones", "get the 16-bit model and its config again")
 
 
 def _some(x_SLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -216,7 +266,9 @@ def _is_good_at_bfloat16(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _empty_model(checkpoint: Checkpoint, config_updates: Mapping[str, Any], device: torch.device) -> nn.Module:
+def _empty_model(
+    checkpoint: Checkpoint, sizes: Shapes, config_updates: Mapping[str, Any], device: torch.device
+) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         for key, value in config_updates.items():
@@ -224,13 +276,15 @@ def _empty_model(checkpoint: Checkpoint, config_updates: Mapping[str, Any], devi
         # parameters without memory, buffers (rotary frequencies) with their values
         with device, init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever the classes of a foreign model may raise
         raise PlanError(
             str(checkpoint.path / "config.json"),
-            f"a model that transformers cannot build ({str(error).splitlines()[0]})",
+            f"a model that transformers cannot build ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             "a causal language model that transformers knows without remote code",
             "use another model, or another version of transformers",
         ) from None
+    for layer in range(sizes.layers if checkpoint.arch.mlp.experts else 0):
+        _separate_experts(model, checkpoint.arch, sizes, layer)
     return model.eval()
 
 

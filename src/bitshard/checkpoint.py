@@ -189,6 +189,14 @@ class Checkpoint:
                 shapes |= {name: file.get_slice(name).get_shape() for name in own}
         return shapes
 
+    def dtypes(self, names: Iterable[str]) -> dict[str, str]:
+        """Dtypes of those of the named tensors that exist, as safetensors names them; reads headers alone."""
+        dtypes: dict[str, str] = {}
+        for path, own in self._by_file(name for name in names if name in self.files).items():
+            with _opened(path) as file:
+                dtypes |= {name: file.get_slice(name).get_dtype() for name in own}
+        return dtypes
+
     def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
         by_file: dict[Path, list[str]] = {}
         for name in names:

@@ -100,7 +100,7 @@ class BlockEdit:
         """Reorder what lies outside the blocks: embeddings, the final norm and lm_head."""
         for name, tensor in tensors.items():
             module, _, suffix = name.rpartition(".")
-            if suffix == "weight":
+            if suffix == "weight" and tensor.dim():  # a single number has no channels
                 (self.columns if tensor.dim() == 1 else self.rows)[module] = order.hidden_H
 
     def pad(self, plan: TPPlan, padding: Padding, prefix: str) -> None:

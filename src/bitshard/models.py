@@ -219,6 +219,13 @@ def shapes(arch: Architecture, config: Mapping[str, Any], where: str = "config.j
         raise PlanError(
             where, f"{heads} heads over {kv_heads} KV heads", "whole groups of heads", "correct the model's config.json"
         )
+    experts = size("experts") if arch.mlp.experts else 0
+    chosen = config.get("num_experts_per_tok")
+    if experts and chosen is not None and (type(chosen) is not int or not 1 <= chosen <= experts):
+        raise PlanError(
+            where, f"num_experts_per_tok = {chosen!r}", f"1 to {experts}, the experts of a block",
+            "correct the model's config.json",
+        )  # fmt: skip
     return Shapes(
         hidden=hidden,
         intermediate=size("intermediate", 4 * hidden),
@@ -226,7 +233,7 @@ def shapes(arch: Architecture, config: Mapping[str, Any], where: str = "config.j
         kv_heads=kv_heads,
         head_dim=size("head_dim", hidden // heads),
         layers=size("layers"),
-        experts=size("experts") if arch.mlp.experts else 0,
+        experts=experts,
     )
 
 

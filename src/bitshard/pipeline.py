@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from bitshard import __version__
-from bitshard.blockwise import BlockwiseModel, Watcher
+from bitshard.blockwise import BlockwiseModel, Watcher, own_tensors, require_finite
 from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.errors import CheckpointError, FormatError, SpecError
@@ -263,7 +263,7 @@ def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, samples: 
     recipe.check(spec)
     if isinstance(spec, QuantSpec):
         _check_gptq(job, spec)
-    return job
+    return replace(job, checkpoint=own_tensors(checkpoint))
 
 
 def _check_gptq(job: _Job, spec: QuantSpec) -> None:
@@ -446,6 +446,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
     if job.recipe.correct:
         models[1].load(layer, tensors)
         exact, after["exact"] = _run_exact(models[1], layer, state["exact"])
+        require_finite(f"{arch.blocks}.{layer}: outputs", after["exact"])
         models[1].unload(layer)
     learned_SLH, known = state["hidden"][: job.samples], dict[str, torch.Tensor]()
     untuned, originals = dict[str, MixedWeight](), dict[str, torch.Tensor]()  # kept for tuning alone
@@ -482,6 +483,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
             store(name, weight)
         after["tuned"] = torch.cat([state["tuned"], torch.tensor([[tuned.before, tuned.after]], dtype=torch.float64)])
     after["hidden"] = model.run(layer, state["hidden"], known=known)
+    require_finite(f"{arch.blocks}.{layer}: quantized outputs", after["hidden"])
     model.unload(layer)
     solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
     after["solved"] = torch.cat([state["solved"], solved])

@@ -6,6 +6,7 @@ dequantized weights are compared bit for bit under them. Logits on the same toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from bitshard.convert import block_edit, matrices_in_block
 from bitshard.edit import BlockEdit
 from bitshard.errors import FormatError
 from bitshard.integrations.transformers import load, load_config
-from bitshard.layout import GptqLayout
+from bitshard.layout import FLOATS, GptqLayout
 from bitshard.mixed import MixedWeight
 from bitshard.plan import Padding, TPPlan
 from bitshard.progress import Progress, silent
@@ -48,7 +49,9 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
     source = Checkpoint.open(against) if against else None
     source_plan = _plan_of_source(source, checkpoint) if source else None
     checked = equal = 0
+    _check_floats(checkpoint, checkpoint.names_outside_blocks())
     for layer in progress(range(checkpoint.sizes.layers), "verifying"):
+        _check_floats(checkpoint, checkpoint.names_in_block(layer))
         edit = _expected_edit(source, source_plan, checkpoint, layer) if source and source_plan else None
         for name in matrices_in_block(checkpoint, layer):
             checked += 1
@@ -101,6 +104,13 @@ def _plan_of_source(source: Checkpoint, converted: Checkpoint) -> TPPlan:
             "convert it again",
         )
     return plan
+
+
+def _check_floats(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Every float is finite; scales and biases of quantized matrices have been checked before."""
+    for name, tensor in checkpoint.read(names).items():
+        if tensor.dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{checkpoint.path}: {name}", "NaN or infinite values", "finite floats", "get it again")
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
