@@ -304,6 +304,8 @@ def test_verify_checks_what_is_not_quantized(name: str, folder: Path) -> None:
         (without("layers.1.input_layernorm"), "in: found no tensor model.layers.1.input_layernorm.weight"),
         (tensors({"model.norm.weight": torch.ones(63)}), "in: found model.norm.weight of shape [63], not [64]"),
         (config(model_type="llama4"), "config.json: found model_type 'llama4'"),
+        (config(hidden_act="nope"), "config.json: found KeyError: 'nope'"),
+        (config(pad_token_id=1000), "config.json: found AssertionError: Padding_idx"),
     ],
 )
 def test_what_is_missing_is_not_filled_at_random(change: Change, sentence: str, folder: Path) -> None:

@@ -89,7 +89,7 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever damaged files may raise, said in one sentence
         raise CheckpointError(
-            str(path), f"no usable tokenizer ({type(error).__name__})", "the model's tokenizer files", "copy them there"
+            str(path), f"no usable tokenizer ({_first_line(error)})", "the model's tokenizer files", "copy them there"
         ) from None
 
 
@@ -162,7 +162,7 @@ def _no_conversion(path: Path, cache: Path, error: Exception) -> CheckpointError
     if (isinstance(error, OSError) and error.errno) or "(os error" in str(error):
         return CheckpointError(
             str(cache), f"a cache that cannot be written ({_first_line(error)})",
-            "room for the converted model", "make room, or choose another place with XDG_CACHE_HOME",
+            "a folder with room for the converted model", "make room, or choose another place with XDG_CACHE_HOME",
         )  # fmt: skip
     return CheckpointError(
         str(path), f"a GGUF file that transformers cannot read ({_first_line(error)})",

@@ -93,9 +93,13 @@ def load_config(path: Path) -> Any:
     """transformers' own config of a causal language model; CheckpointError when it knows none for this config.json."""
     try:
         config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever the config class of a foreign file may raise
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        if known:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the classes of a foreign file may raise
         raise _unknown(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if not known:
         raise _unknown(path, f"model_type {config.model_type!r}, which is no causal language model")
     return config
 
