@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 16, TILE = 64, MOST_TOKENS = 8, PANEL = 64 };
+enum { ROWS = 16, TILE = 64, MOST_TOKENS = 8, PANEL = 64, AHEAD = 8 };
 
 typedef struct {
     int64_t n, blocks;       /* rows that are real; blocks of 64 channels */

@@ -25,6 +25,14 @@ INLINE FN(strip) FN(mix64_strip)(const mix64 *w, int64_t group, int64_t b, int s
     return strip;
 }
 
+/* One block's six lines or so, from four places: the processor alone finds them too late, for a sixth less a second. */
+INLINE void FN(mix64_prefetch)(const mix64 *w, int64_t block) {
+    for (int line = 0; line < 4; line++) __builtin_prefetch(w->qweight + (block * 4 + line) * ROWS);
+    for (int line = 0; line < w->wide; line++) __builtin_prefetch(w->qextra + (block * w->wide + line) * ROWS);
+    __builtin_prefetch(w->qscales + block * ROWS);
+    __builtin_prefetch(w->qzeros + block * ROWS);
+}
+
 /* Codes of four channels in the bytes of each lane: which ones, `order` in linear.c says. */
 INLINE VI FN(codes)(const FN(strip) *strip, int j) {
     if (strip->wide) return (strip->word[j / 2] >> (4 * (j % 2))) & 0x0F0F0F0F;
@@ -43,6 +51,7 @@ INLINE void FN(mix64_int8)(const mix64 *w, int64_t group, const activations *a, 
         VF sum[MOST_TOKENS] = {0};
         for (int64_t b = 0; b < w->blocks; b++) {
             VF block[MOST_TOKENS] = {0};
+            FN(mix64_prefetch)(w, group * w->blocks + b + AHEAD);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 FN(strip) strip = FN(mix64_strip)(w, group, b, s, first);

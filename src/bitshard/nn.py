@@ -192,11 +192,9 @@ class Mix64Linear(PackedLinear):
             x = F.pad(x, (0, unused))
         if self.strip_order is not None:
             x = x.reshape(*x.shape[:-1], strips, STRIP)[..., self.strip_order.long(), :].flatten(-2)
-        metadata, outliers = (
-            [self.get_parameter(suffix) for suffix in suffixes if self._parameters[suffix] is not None]
-            for suffixes in (Mix64Layout.metadata[self.spec.metadata], Mix64Layout.outliers)
-        )
-        spec = self.spec
+        spec, own = self.spec, self._parameters
+        metadata = [own[suffix] for suffix in Mix64Layout.metadata[spec.metadata]]
+        outliers = [] if own["outlier_rows"] is None else [own[suffix] for suffix in Mix64Layout.outliers]
         how = spec.bits, spec.fraction_4bit, spec.metadata, self.backend
         y: torch.Tensor = mix64_linear(x, self.qweight, self.qextra, metadata, outliers, self.rows, *how)
         return y if self.bias is None else y + self.bias.to(y.dtype)

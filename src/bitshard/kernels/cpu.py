@@ -15,14 +15,27 @@ import torch
 
 from bitshard.spec import BLOCK
 
+NO_OUTLIERS = (None, None, None)
 INSTRUCTION_SETS = ("any processor", "AVX2", "AVX-512", "AVX-512 with VNNI")
+
+
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+FUNCTIONS = {  # x, y, tokens, sizes, width, tensors, bits8, instruction set, threads
+    "bitshard_gptq": (POINTER, POINTER, LONG, LONG, LONG, LONG, INT, *[POINTER] * 3, INT, INT, INT),
+    "bitshard_mix64": (POINTER, POINTER, LONG, LONG, LONG, INT, *[POINTER] * 8, INT, INT, INT),
+}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """None where the package was installed without a C compiler."""
     built = sorted(Path(__file__).parent.glob("_linear*.so"))
-    return ctypes.CDLL(str(built[0])) if built else None
+    if not built:
+        return None
+    found = ctypes.CDLL(str(built[0]))
+    for name, arguments in FUNCTIONS.items():
+        getattr(found, name).argtypes = arguments
+    return found
 
 
 @cache
@@ -43,8 +56,9 @@ def gptq_linear(
     bits8: bool,
 ) -> torch.Tensor:
     """GPTQ tensors from `GptqLayout.group_rows`. bits8: activations rounded to 8 bits, each 64 with a scale."""
-    sizes = out_features, x.shape[-1], x.shape[-1] // scales.shape[1]
-    return _call("bitshard_gptq", x, out_features, sizes, (bits,), (qweight, scales, zeros), bits8)
+    k = x.shape[-1]
+    sizes = out_features, k, k // scales.shape[1], bits
+    return _call("bitshard_gptq", x, out_features, sizes, (qweight, scales, zeros), bits8)
 
 
 def mix64_linear(
@@ -59,9 +73,9 @@ def mix64_linear(
 ) -> torch.Tensor:
     """`mix64` tensors from `Mix64Layout.group_rows`. wide: 4-bit strips of each block."""
     scales2, qscales, qzeros = metadata
-    sizes = out_features, x.shape[-1] // BLOCK
-    tensors = qweight, qextra, qscales, qzeros, scales2, *(outliers or (None,) * 3)
-    return _call("bitshard_mix64", x, out_features, sizes, (wide,), tensors, bits8)
+    sizes = out_features, x.shape[-1] // BLOCK, wide
+    tensors = qweight, qextra, qscales, qzeros, scales2, *(outliers or NO_OUTLIERS)
+    return _call("bitshard_mix64", x, out_features, sizes, tensors, bits8)
 
 
 def _call(
@@ -69,24 +83,17 @@ def _call(
     x: torch.Tensor,
     out_features: int,
     sizes: Sequence[int],
-    widths: Sequence[int],
     tensors: Sequence[torch.Tensor | None],
     bits8: bool,
 ) -> torch.Tensor:
-    x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-    y_MN = torch.empty(len(x_MK), out_features)
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    """Little Python: every microsecond here is one for each matrix of each token."""
+    exact = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    y = exact.new_empty(*x.shape[:-1], out_features)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    tokens = exact.numel() // x.shape[-1]
     failed = getattr(library(), function)(
-        ctypes.c_void_p(x_MK.data_ptr()),
-        ctypes.c_void_p(y_MN.data_ptr()),
-        *map(ctypes.c_int64, (len(x_MK), *sizes)),
-        *widths,
-        *map(ctypes.c_void_p, pointers),
-        int(bits8),
-        instruction_set(),
-        torch.get_num_threads(),
+        exact.data_ptr(), y.data_ptr(), tokens, *sizes, *pointers, bits8, instruction_set(), torch.get_num_threads()
     )
     if failed:
-        raise MemoryError(f"{function}: {len(x_MK)} tokens")
-    return y_MN.view(*x.shape[:-1], out_features).to(x.dtype)
+        raise MemoryError(f"{function}: {tokens} tokens")
+    return y if y.dtype == x.dtype else y.to(x.dtype)
