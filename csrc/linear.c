@@ -18,16 +18,15 @@
 enum { ROWS = 16, TILE = 64, MOST_TOKENS = 8, PANEL = 64, AHEAD = 8 };
 
 typedef struct {
-    int64_t n, blocks;       /* rows that are real; blocks of 64 channels */
-    int32_t wide;            /* 4-bit strips in each block, the first ones */
-    const int32_t *qweight;  /* [groups, blocks, 4, ROWS] */
-    const int32_t *qextra;   /* [groups, blocks, wide, ROWS] */
-    const uint16_t *qscales; /* [groups, blocks, ROWS] */
-    const uint8_t *qzeros;   /* [groups, blocks, ROWS] */
-    const float *scales2;    /* [tiles, blocks, 4, 2]: step, offset */
-    const int32_t *outlier_rows;     /* CSR over real rows, or NULL */
+    int64_t n, blocks; /* rows that are real; blocks of 64 channels */
+    int32_t wide;      /* 4-bit strips in each block, the first ones */
+    /* [groups, blocks] records of what ROWS rows have of a block, in one stream: the first word of each strip, ROWS times
+       four words; the second one of its wide strips; ROWS 16-bit words of scale codes; ROWS bytes of zero codes */
+    const int32_t *records;
+    const float *scales2; /* [tiles, blocks, 4, 2]: step, offset */
+    const int32_t *outlier_rows; /* CSR over real rows, or NULL */
     const uint16_t *outlier_columns;
-    const uint16_t *outlier_values;  /* float16 */
+    const uint16_t *outlier_values; /* float16 */
 } mix64;
 
 typedef struct {
@@ -160,11 +159,10 @@ static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outli
 
 /* y [M, n] = x [M, 64 * blocks] times w, all float32. bits8: activations rounded to 8 bits. outlier_rows may be NULL.
    Returns 0, or -1 when there is no memory. */
-int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t blocks, int wide, const int32_t *qweight,
-                   const int32_t *qextra, const uint16_t *qscales, const uint8_t *qzeros, const float *scales2,
-                   const int32_t *outlier_rows, const uint16_t *outlier_columns, const uint16_t *outlier_values,
-                   int bits8, int isa, int threads) {
-    mix64 w = {n, blocks, wide, qweight, qextra, qscales, qzeros, scales2, outlier_rows, outlier_columns, outlier_values};
+int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t blocks, int wide, const int32_t *records,
+                   const float *scales2, const int32_t *outlier_rows, const uint16_t *outlier_columns,
+                   const uint16_t *outlier_values, int bits8, int isa, int threads) {
+    mix64 w = {n, blocks, wide, records, scales2, outlier_rows, outlier_columns, outlier_values};
     activations a = {.exact = x, .k = blocks * 64, .block = 64, .span = 16};
     int bits[4];
     for (int s = 0; s < 4; s++) bits[s] = s < wide ? 4 : 2;

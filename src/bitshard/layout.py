@@ -43,7 +43,7 @@ from bitshard.quantized import QuantizedWeight, trivial_g_idx
 from bitshard.spec import BLOCK, STRIP, WORD_BITS, MixSpec, QuantSpec, codes_per_pack
 
 GROUP_ROWS = 16  # output channels that the C kernels read together, one vector of AVX-512
-GROUPED = ("qweight", "qextra", "qscales", "qzeros")  # tensors of `mix64` that are put so
+GROUPED = ("qweight", "qextra", "qscales", "qzeros")  # tensors of `mix64` that are put so, in the order of a record
 FORMAT_VERSION = 1  # of what bitshard writes beside the public tensors: config section and safetensors metadata
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_COLUMNS = 1 << 16  # outlier_columns are 16-bit
@@ -306,19 +306,32 @@ class Mix64Layout:
         self.check(name, tensors, spec, size)
         return self.decode(tensors, spec, size[0] if size else tensors["qweight"].shape[1] * STRIP)
 
-    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor] | None:
-        """Tensors as the C kernels read them: [N, C] as [N / 16, C, 16], rows filled up with zeros; scales2 float32.
+    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor | None] | None:
+        """Tensors as the C kernels read them, and None in place of those that are in `qweight` then.
+
+        qweight int32 [N / 16, blocks, 64 + 16 * 4-bit strips + 12]: what 16 output channels have of a block, in one
+        stream: their words of each strip, their second words of 4-bit strips, scale codes, zero codes. Missing rows are
+        zeros. scales2 is float32.
 
         None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper".
         """
         if spec.metadata != "fine" or not {2, 4}.issuperset(spec.widths):
             return None
-        grouped = {s: _group(t) if s in GROUPED else t for s, t in tensors.items()}
-        return grouped | {"scales2": tensors["scales2"].float()}
+        blocks = tensors["qscales"].shape[1]
+        parts = [_group(tensors[suffix]).flatten(1).view(torch.int32) for suffix in GROUPED if suffix in tensors]
+        records = torch.cat([part.view(len(part), blocks, -1) for part in parts], dim=2)
+        return {**dict.fromkeys(GROUPED), "qweight": records, "scales2": tensors["scales2"].float()}
 
-    def ungroup_rows(self, tensors: Mapping[str, torch.Tensor], out_features: int) -> dict[str, torch.Tensor]:
+    def ungroup_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, rows: int) -> dict[str, torch.Tensor]:
         """The inverse of `group_rows`; scales2 stays float32."""
-        return {s: ungroup(t, out_features) if s in GROUPED else t for s, t in tensors.items()}
+        records, wide = tensors["qweight"], spec.widths.count(4)
+        sizes = [4 * GROUP_ROWS, wide * GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4]
+        found = {}
+        for suffix, part in zip(GROUPED, torch.split(records, sizes, dim=2), strict=True):
+            if part.shape[2]:
+                own = part.contiguous().view(self.dtypes[suffix])
+                found[suffix] = ungroup(own.view(len(own), -1, GROUP_ROWS), rows)
+        return {**tensors, **found}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, in_features: int) -> MixedWeight:
         """`unpack` of tensors that were checked before."""

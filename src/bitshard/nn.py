@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,14 +47,14 @@ class PackedLinear(nn.Module):
             self.grouped_rows = self.rows
             self.replace(**grouped)
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
         """Its layout's `group_rows`."""
         raise NotImplementedError
 
-    def replace(self, **tensors: torch.Tensor) -> None:
-        """Other tensors under the public names."""
+    def replace(self, **tensors: torch.Tensor | None) -> None:
+        """Other tensors, or none, under the public names."""
         for name, tensor in tensors.items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
 class QuantLinear(PackedLinear):
@@ -123,7 +123,7 @@ class QuantLinear(PackedLinear):
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
         return self.layout.group_rows(tensors, self.spec)
 
     def _owns_its_groups(self) -> bool:
@@ -181,19 +181,19 @@ class Mix64Linear(PackedLinear):
         for suffix in Mix64Layout.suffixes:
             self.register_parameter(suffix, None)
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
         return Mix64Layout().group_rows(tensors, self.spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        strips = self.qweight.shape[1]
+        strips = self.qweight.shape[1] * (4 if self.qweight.dim() == 3 else 1)
         unused = strips * STRIP - x.shape[-1]
         if unused:
             x = F.pad(x, (0, unused))
         if self.strip_order is not None:
             x = x.reshape(*x.shape[:-1], strips, STRIP)[..., self.strip_order.long(), :].flatten(-2)
         spec, own = self.spec, self._parameters
-        metadata = [own[suffix] for suffix in Mix64Layout.metadata[spec.metadata]]
+        metadata = [own[suffix] for suffix in Mix64Layout.metadata[spec.metadata] if own[suffix] is not None]
         outliers = [] if own["outlier_rows"] is None else [own[suffix] for suffix in Mix64Layout.outliers]
         how = spec.bits, spec.fraction_4bit, spec.metadata, self.backend
         y: torch.Tensor = mix64_linear(x, self.qweight, self.qextra, metadata, outliers, self.rows, *how)

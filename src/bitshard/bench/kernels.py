@@ -6,7 +6,7 @@ the next one every time, so that weights come from memory, as they do in a model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -217,7 +217,7 @@ def _measure(
     contenders: list[_Contender], shape: tuple[int, int], m: int, threads: int, repetitions: int
 ) -> list[KernelRow]:
     (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
-    errors, calls = [], []
+    errors, calls = list[float](), list[Iterator[Call]]()
     for contender in contenders:
         copies, output = contender.prepare(x_MK, threads)
         copies[0]()
@@ -227,7 +227,9 @@ def _measure(
             where, allowed = f"{contender.name}, {n}x{k}, M={m}", f"{MOST_ERROR[contender.rounds]:g} at most"
             raise BenchError(where, f"error {error:.2g}", allowed, "nothing of this case was timed")
         errors.append(error)
-        calls.append(cycle(copies))
+        # two kernels may share copies: one must not find in a cache what the other has just read
+        start = len(calls) * len(copies) // len(contenders)
+        calls.append(cycle([*copies[start:], *copies[:start]]))
     taken = [[cpu_seconds(next(call)) * 1e3 for call in calls] for _ in range(repetitions + 1)][1:]
     rows = []
     for contender, error, own in zip(contenders, errors, zip(*taken, strict=True), strict=True):

@@ -109,7 +109,7 @@ def _(
             x, qweight, qextra, metadata, outliers, out_features, bits, fraction_4bit, metadata_kind
         )
     wide = 4 if bits == 4 else int(4 * fraction_4bit)
-    return cpu.mix64_linear(x, qweight, qextra, metadata, outliers, out_features, wide, kernel == "cpu-int8")
+    return cpu.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide, kernel == "cpu-int8")
 
 
 @torch.library.register_fake("bitshard::gptq_linear")  # type: ignore[untyped-decorator]

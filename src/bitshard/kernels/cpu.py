@@ -22,7 +22,7 @@ INSTRUCTION_SETS = ("any processor", "AVX2", "AVX-512", "AVX-512 with VNNI")
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 FUNCTIONS = {  # x, y, tokens, sizes, width, tensors, bits8, instruction set, threads
     "bitshard_gptq": (POINTER, POINTER, LONG, LONG, LONG, LONG, INT, *[POINTER] * 3, INT, INT, INT),
-    "bitshard_mix64": (POINTER, POINTER, LONG, LONG, LONG, INT, *[POINTER] * 8, INT, INT, INT),
+    "bitshard_mix64": (POINTER, POINTER, LONG, LONG, LONG, INT, *[POINTER] * 5, INT, INT, INT),
 }
 
 
@@ -64,17 +64,15 @@ def gptq_linear(
 def mix64_linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
-    qextra: torch.Tensor | None,
-    metadata: Sequence[torch.Tensor],
+    scales2: torch.Tensor,
     outliers: Sequence[torch.Tensor],
     out_features: int,
     wide: int,
     bits8: bool,
 ) -> torch.Tensor:
     """`mix64` tensors from `Mix64Layout.group_rows`. wide: 4-bit strips of each block."""
-    scales2, qscales, qzeros = metadata
     sizes = out_features, x.shape[-1] // BLOCK, wide
-    tensors = qweight, qextra, qscales, qzeros, scales2, *(outliers or NO_OUTLIERS)
+    tensors = qweight, scales2, *(outliers or NO_OUTLIERS)
     return _call("bitshard_mix64", x, out_features, sizes, tensors, bits8)
 
 

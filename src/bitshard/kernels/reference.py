@@ -63,8 +63,9 @@ def mix64_linear(
     """x [..., K] times the dequantized matrix, outliers included, both in x's dtype."""
     layout, spec = Mix64Layout(), MixSpec(bits, fraction_4bit, metadata_kind)
     tensors = {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
-    tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
-    tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
     if qweight.dim() == 3:
-        tensors = layout.ungroup_rows(tensors, out_features)
+        tensors = layout.ungroup_rows({"qweight": qweight, "scales2": metadata[0]}, spec, out_features)
+    else:
+        tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
+    tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
     return x @ layout.decode(tensors, spec, x.shape[-1]).dequantize(x.dtype).T
