@@ -25,6 +25,7 @@ kernel, or "exact" or "auto", which choose one by this table; "exact" never take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -114,30 +115,13 @@ def _(
 
 @torch.library.register_fake("bitshard::gptq_linear")  # type: ignore[untyped-decorator]
 def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    qzeros: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    out_features: int,
-    bits: int,
-    zeros_version: int,
-    backend: str,
+    x: torch.Tensor, qweight: Any, scales: Any, qzeros: Any, g_idx: Any, out_features: int, *rest: Any
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("bitshard::mix64_linear")  # type: ignore[untyped-decorator]
 def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qextra: torch.Tensor | None,
-    metadata: Sequence[torch.Tensor],
-    outliers: Sequence[torch.Tensor],
-    out_features: int,
-    bits: int,
-    fraction_4bit: float,
-    metadata_kind: str,
-    backend: str,
+    x: torch.Tensor, qweight: Any, qextra: Any, metadata: Any, outliers: Any, out_features: int, *rest: Any
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
