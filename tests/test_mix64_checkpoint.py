@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,12 @@ def run_cases(paths: list[str]) -> list[tuple[torch.Tensor, dict[str, int], dict
         model = load(Path(path), 2)
         with torch.no_grad(), count_collectives() as traffic:
             found = model(token_ids(96), use_cache=False).logits
-        results.append((found, traffic.calls, {name: tuple(p.shape) for name, p in model.named_parameters()}))
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name, module in model.named_modules():
+            if isinstance(module, Mix64Linear):  # whose rows may be grouped: [rows / 16, blocks, words]
+                strips = module.qweight.shape[1] * (4 if module.grouped_rows else 1)
+                shapes[f"{name}.qweight"] = (module.rows, strips)
+        results.append((found, traffic.calls, shapes))
     return results
 
 
@@ -114,7 +118,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             half = (n, strips // 2) if linear.role == "row" else (n // 2, strips)
             if linear.name == "attn.c_attn":
                 half = (256 // 2 + 2 * 64, strips)  # half of q, all of the one k and v
-            assert [prod(shapes[f"{module}.qweight"]) for shapes in held] == [prod(half)] * 2
+            assert [shapes[f"{module}.qweight"] for shapes in held] == [half] * 2
             if f"{name}.outlier_values" in checkpoint.files and linear.name != "attn.c_attn":
                 entries = checkpoint.tensor(f"{name}.outlier_values").shape[0]
                 assert sum(shapes[f"{module}.outlier_values"][0] for shapes in held) == entries

@@ -359,8 +359,8 @@ def refused(kind: type[BitshardError], says: str, model: Path, spec: QuantSpec, 
     with pytest.raises(kind, match=says):
         quantize(model, out, spec, calibration)
     assert not out.exists()
-    if kind is SolverError:  # the run had begun, and the next one is another task
-        shutil.rmtree(out.with_name("refused.partial"))
+    if kind is SolverError:  # the run may have begun, and the next one is another task
+        shutil.rmtree(out.with_name("refused.partial"), ignore_errors=True)
 
 
 def test_refuses_before_any_work(text: Path, tmp_path: Path) -> None:

@@ -447,8 +447,8 @@ def refused(kind: type[BitshardError], says: str, model: Path, calibration: Cali
     with pytest.raises(kind, match=says):
         quantize(model, out, MixSpec(), calibration, **options)
     assert not out.exists()
-    if kind is SolverError:  # the run had begun, and the next one is another task
-        shutil.rmtree(out.with_name("refused.partial"))
+    if kind is SolverError:  # the run may have begun, and the next one is another task
+        shutil.rmtree(out.with_name("refused.partial"), ignore_errors=True)
 
 
 def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
