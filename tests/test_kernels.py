@@ -113,6 +113,17 @@ def test_gptq(spec: QuantSpec, n: int, k: int, dtype: torch.dtype) -> None:
     check(*gptq(spec, n, k), dtype, (1, 3, 4, 13))
 
 
+@pytest.mark.usefixtures("instructions")
+def test_scales_below_float16s_normal_numbers() -> None:
+    linear, _ = mixed(MixSpec(), 67, 90, 0.0)
+    linear.replace(scales2=linear.scales2.data / 4096)
+    tensors = {name: parameter.data for name, parameter in linear.named_parameters()}
+    weight = Mix64Layout().decode(tensors, linear.spec, 90)
+    assert 0 < weight.scales().max() < 2.0**-14
+    linear.group_rows()
+    assert torch.equal(linear(torch.eye(90)), weight.dequantize().T)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gathered_gptq(bits: int) -> None:
     check(*gptq(QuantSpec(bits, 32), 64, 128, gathered=True), torch.float32, (1, 5))
