@@ -57,10 +57,8 @@ INLINE VF FN(half)(VF v) { return (VF)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v,
 #elif ISA == 1
 INLINE VF FN(half)(VF v) { return (VF)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
-INLINE VF FN(half)(VF v) {
-    VI bits = (VI)v, normal = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF;
-    VF subnormal = (v + 0.75f) - 0.75f; /* float32's step between 1/2 and 1 is float16's smallest, 2^-24 */
-    VI small = (bits & 0x7FFFFFFF) < 0x38800000; /* below 2^-14 */
-    return (VF)((small & (VI)subnormal) | (~small & normal));
+INLINE VF FN(half)(VF v) { /* below 2^-14 v, of float16 step and offset, is a multiple of float16's smallest number already */
+    VI bits = (VI)v;
+    return (VF)((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF);
 }
 #endif
