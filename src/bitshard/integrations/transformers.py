@@ -271,7 +271,9 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         head = cast(PreTrainedModel, model).get_output_embeddings()
         if self.quantization_config.backend == "auto" and fits_eight_bit(head):
             # in float32 it is read for longer than all blocks together: 545 MB of Qwen2.5-0.5B, whose blocks have 130
-            cast(PreTrainedModel, model).set_output_embeddings(eight_bit(head))
+            rounded = eight_bit(cast(nn.Linear, head))
+            rounded.backend = "auto"
+            cast(PreTrainedModel, model).set_output_embeddings(rounded)
         return model
 
     def _own_tensors(self, name: str) -> dict[str, torch.Tensor]:
