@@ -29,6 +29,8 @@ typedef struct {
     const uint16_t *outlier_values; /* float16 */
 } mix64;
 
+static inline int64_t record_words(const mix64 *w) { return (4 + w->wide) * ROWS + ROWS / 2 + ROWS / 4; }
+
 typedef struct {
     int64_t n, k, group_size;   /* group_size divides k */
     int32_t bits;

@@ -13,9 +13,9 @@ typedef struct {
 
 /* Strip s of block b for the rows of a group from `first` on. */
 INLINE FN(strip) FN(mix64_strip)(const mix64 *w, int64_t group, int64_t b, int s, int first) {
-    int64_t tile = group * ROWS / TILE, words = (4 + w->wide) * ROWS;
-    const int32_t *record = w->records + (group * w->blocks + b) * (words + ROWS / 2 + ROWS / 4);
-    const uint16_t *scales = (const uint16_t *)(record + words);
+    int64_t tile = group * ROWS / TILE;
+    const int32_t *record = w->records + (group * w->blocks + b) * record_words(w);
+    const uint16_t *scales = (const uint16_t *)(record + (4 + w->wide) * ROWS);
     const uint8_t *zeros = (const uint8_t *)(scales + ROWS);
     const float *second = w->scales2 + 2 * ((tile * w->blocks + b) * 4 + s);
     VI scale_codes = __builtin_convertvector(LOAD(vu16_mem, scales + first), VI);
@@ -30,11 +30,11 @@ INLINE FN(strip) FN(mix64_strip)(const mix64 *w, int64_t group, int64_t b, int s
 
 /* The record AHEAD blocks on; without it a third fewer weights a second, from memory, by one token. */
 INLINE void FN(mix64_prefetch)(const mix64 *w, int64_t block) {
-    int64_t words = (4 + w->wide) * ROWS + ROWS / 2 + ROWS / 4;
-    for (int64_t word = 0; word < words; word += 16) __builtin_prefetch(w->records + block * words + word);
+    const int32_t *record = w->records + block * record_words(w);
+    for (int64_t word = 0; word < record_words(w); word += 16) __builtin_prefetch(record + word);
 }
 
-/* Codes of four channels in the bytes of each lane: which ones, `order` in linear.c says. */
+/* Codes of four channels in the bytes of each lane: which ones, `orders` in linear.c says. */
 INLINE VI FN(codes)(const FN(strip) *strip, int j) {
     if (strip->wide) return (strip->word[j / 2] >> (4 * (j % 2))) & 0x0F0F0F0F;
     return (strip->word[0] >> (2 * j)) & 0x03030303;

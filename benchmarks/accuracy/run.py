@@ -225,14 +225,18 @@ OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- on
     "ours-2.9-128-segments": "--samples 128",
 }
 
+AUTOROUND: dict[str, dict[str, Any]] = {
+    "autoround-2-g32": {"bits": 2, "group_size": 32},
+    "autoround-3": {"bits": 3},
+    "autoround-light-2-g32": {"bits": 2, "group_size": 32, "recipe": "light"},
+    "autoround-light-3": {"bits": 3, "recipe": "light"},
+}
+
 ROWS: dict[str, Callable[[Subject], Made]] = {
     "16-bit": source,
     **{row: partial(ours, row=row) for row in OURS},
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
-    "autoround-2-g32": partial(autoround, row="autoround-2-g32", bits=2, group_size=32),
-    "autoround-3": partial(autoround, row="autoround-3", bits=3),
-    "autoround-light-2-g32": partial(autoround, row="autoround-light-2-g32", bits=2, group_size=32, recipe="light"),
-    "autoround-light-3": partial(autoround, row="autoround-light-3", bits=3, recipe="light"),
+    **{row: partial(autoround, row=row, **options) for row, options in AUTOROUND.items()},
     **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
     **{
         f"{kind}-padded{suffix}": partial(padded, kind=GGMLQuantizationType[kind], imatrix=bool(suffix))
