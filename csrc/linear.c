@@ -71,10 +71,10 @@ static void quantize(const activations *a, int64_t m, const int *bits) {
     int8_t natural[64], *codes = (int8_t *)a->codes + m * a->k;
     for (int64_t start = 0; start < a->k; start += a->block) {
         const float *x = a->exact + m * a->k + start;
-        float most = 0;
-        for (int64_t i = 0; i < a->block; i++) most = fmaxf(most, fabsf(x[i]));
+        float most = 0, odd = 0; /* NaN where an activation is not finite, which no code could say */
+        for (int64_t i = 0; i < a->block; i++) most = fmaxf(most, fabsf(x[i])), odd += 0 * x[i];
         float inverse = most > 0 ? 127 / most : 0;
-        a->scales[(m * a->k + start) / a->block] = most / 127;
+        a->scales[(m * a->k + start) / a->block] = most / 127 + odd;
         for (int64_t i = 0; i < a->block; i++) natural[i] = (int8_t)lrintf(x[i] * inverse);
         for (int64_t i = 0, step; i < a->block; i += step) {
             int width = bits[(start + i) / 16 % 4];
@@ -95,7 +95,7 @@ int bitshard_instruction_set(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
     return 0;
 }

@@ -161,6 +161,17 @@ def test_any_shape_and_stride(which: int, backend: str) -> None:
     assert torch.equal(linear(torch.zeros(1, k)), torch.zeros(1, n))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["cpu", "cpu-int8"])
+def test_an_activation_that_is_not_finite_is_not_hidden(backend: str, value: float) -> None:
+    for linear, W_KN in layers():
+        linear.group_rows()
+        linear.backend = backend
+        x = torch.randn(2, len(W_KN))
+        x[0, 3] = value
+        assert not linear(x)[0].isfinite().any() and linear(x)[1].isfinite().all()
+
+
 def test_the_reference_reads_grouped_rows_too() -> None:
     for linear, W_KN in layers():
         eye = torch.eye(len(W_KN))
