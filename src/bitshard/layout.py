@@ -42,8 +42,6 @@ from bitshard.mixed import MixedWeight, Outliers, strip_widths, zero_bases
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
 from bitshard.spec import BLOCK, STRIP, WORD_BITS, MixSpec, QuantSpec, codes_per_pack
 
-GROUP_ROWS = 16  # output channels that the C kernels read together, one vector of AVX-512
-GROUPED = ("qweight", "qextra", "qscales", "qzeros")  # tensors of `mix64` that are put so, in the order of a record
 FORMAT_VERSION = 1  # of what bitshard writes beside the public tensors: config section and safetensors metadata
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_COLUMNS = 1 << 16  # outlier_columns are 16-bit
@@ -155,21 +153,6 @@ class GptqLayout:
             return pack((zeros_GN + 7) & 7, bits, dim=1)
         qzeros = pack(zeros_GN, bits, dim=1)
         return (qzeros.long() - _ones(bits)).to(torch.int32) if self.zeros_version == 1 else qzeros
-
-    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> dict[str, torch.Tensor] | None:
-        """Tensors as the C kernels read them: [C, N] as [N / 16, C, 16], scales float32, zeros uint8, as they may come.
-
-        None for what these kernels do not read: irregular groups, groups that are not whole strips of 16 channels (of
-        32 for 3 bits).
-        """
-        groups, k = tensors["scales"].shape[0], tensors["qweight"].shape[0] * WORD_BITS // spec.bits
-        if "g_idx" in tensors or (k // groups) % (2 * STRIP if spec.bits == 3 else STRIP):
-            return None
-        zeros_GN = tensors["qzeros"]
-        if zeros_GN.dtype != torch.uint8:
-            zeros_GN = self.unpack_zeros(zeros_GN, spec.bits)
-        by_row = {"qweight": tensors["qweight"], "scales": tensors["scales"].float(), "qzeros": zeros_GN}
-        return {suffix: _group(tensor.T) for suffix, tensor in by_row.items()}
 
     def permute_rows(self, qweight: torch.Tensor, bits: int, perm_K: torch.Tensor) -> torch.Tensor:
         """Packed rows in another order, `perm[new] = old`, without the other tensors."""
@@ -306,33 +289,6 @@ class Mix64Layout:
         self.check(name, tensors, spec, size)
         return self.decode(tensors, spec, size[0] if size else tensors["qweight"].shape[1] * STRIP)
 
-    def group_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor | None] | None:
-        """Tensors as the C kernels read them, and None in place of those that are in `qweight` then.
-
-        qweight int32 [N / 16, blocks, 64 + 16 * 4-bit strips + 12]: what 16 output channels have of a block, in one
-        stream: their words of each strip, their second words of 4-bit strips, scale codes, zero codes. Missing rows are
-        zeros. scales2 is float32.
-
-        None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper".
-        """
-        if spec.metadata != "fine" or not {2, 4}.issuperset(spec.widths):
-            return None
-        blocks = tensors["qscales"].shape[1]
-        parts = [_group(tensors[suffix]).flatten(1).view(torch.int32) for suffix in GROUPED if suffix in tensors]
-        records = torch.cat([part.view(len(part), blocks, -1) for part in parts], dim=2)
-        return {**dict.fromkeys(GROUPED), "qweight": records, "scales2": tensors["scales2"].float()}
-
-    def ungroup_rows(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, rows: int) -> dict[str, torch.Tensor]:
-        """The inverse of `group_rows`; scales2 stays float32."""
-        records, wide = tensors["qweight"], spec.widths.count(4)
-        sizes = [4 * GROUP_ROWS, wide * GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4]
-        found = {}
-        for suffix, part in zip(GROUPED, torch.split(records, sizes, dim=2), strict=True):
-            if part.shape[2]:
-                own = part.contiguous().view(self.dtypes[suffix])
-                found[suffix] = ungroup(own.view(len(own), -1, GROUP_ROWS), rows)
-        return {**tensors, **found}
-
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, in_features: int) -> MixedWeight:
         """`unpack` of tensors that were checked before."""
         outliers = None
@@ -341,7 +297,7 @@ class Mix64Layout:
         return MixedWeight(
             spec,
             in_features,
-            codes_NK=_unpack_strips(tensors["qweight"], tensors.get("qextra"), spec),
+            codes_NK=unpack_strips(tensors["qweight"], tensors.get("qextra"), spec),
             **_unpack_metadata(tensors, spec),
             outliers=outliers,
             strip_order_S=tensors["strip_order"].long() if "strip_order" in tensors else None,
@@ -350,7 +306,7 @@ class Mix64Layout:
 
     def pack(self, weight: MixedWeight) -> dict[str, torch.Tensor]:
         """Logical value -> tensors by suffix. The exact inverse of `unpack`, for values that the format can hold."""
-        tensors = _pack_strips(weight.codes_NK, weight.spec)
+        tensors = pack_strips(weight.codes_NK, weight.spec)
         tensors |= _pack_paper(weight) if weight.spec.metadata == "paper" else _pack_fine(weight)
         if weight.outliers is not None:
             if weight.codes_NK.shape[1] > MAX_COLUMNS:
@@ -480,17 +436,6 @@ def _ones(bits: int) -> int:
     return sum(1 << i for i in range(0, 32, bits))
 
 
-def _group(tensor: torch.Tensor) -> torch.Tensor:
-    n, columns = tensor.shape
-    filled = torch.cat([tensor, tensor.new_zeros(-n % GROUP_ROWS, columns)])
-    return filled.view(-1, GROUP_ROWS, columns).transpose(1, 2).contiguous()
-
-
-def ungroup(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """What `group_rows` made of a tensor [N, C], as it was."""
-    return tensor.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
-
-
 def check_g_idx(name: str, g_idx: torch.Tensor, spec: QuantSpec) -> None:
     """Every input channel is in a group that exists, and all groups are full."""
     if g_idx.dim() != 1 or len(g_idx) == 0 or g_idx.dtype not in (torch.int32, torch.int64):
@@ -530,7 +475,7 @@ def _metadata_shapes(spec: MixSpec, n: int, strips: int) -> dict[str, tuple[int,
     }
 
 
-def _pack_strips(codes_NK: torch.Tensor, spec: MixSpec) -> dict[str, torch.Tensor]:
+def pack_strips(codes_NK: torch.Tensor, spec: MixSpec) -> dict[str, torch.Tensor]:
     """Codes to qweight and qextra. A strip's bit stream is `width` half words: two in qweight, the rest in qextra."""
     n, k = codes_NK.shape
     main, extra, first = [], [], 0
@@ -545,8 +490,8 @@ def _pack_strips(codes_NK: torch.Tensor, spec: MixSpec) -> dict[str, torch.Tenso
     return {suffix: array.view(n, -1).view(torch.int32) for suffix, array in arrays.items()}
 
 
-def _unpack_strips(qweight: torch.Tensor, qextra: torch.Tensor | None, spec: MixSpec) -> torch.Tensor:
-    """The exact inverse of `_pack_strips`: uint8 [N, K]."""
+def unpack_strips(qweight: torch.Tensor, qextra: torch.Tensor | None, spec: MixSpec) -> torch.Tensor:
+    """The exact inverse of `pack_strips`: uint8 [N, K]."""
     n, strips = qweight.shape
     blocks = strips * STRIP // BLOCK
     main = qweight.contiguous().view(torch.int16).view(n, blocks, 4, 2)
@@ -686,7 +631,7 @@ def _unused_channels(tensors: Mapping[str, torch.Tensor], spec: MixSpec, k: int)
     words = qweight.view(n, -1, 4)[:, blocks].view(n, 4 * len(blocks))
     if qextra is not None:
         qextra = qextra.view(n, -1, spec.extra_words)[:, blocks].view(n, spec.extra_words * len(blocks))
-    return unused, _unpack_strips(words, qextra, spec)[:, within * BLOCK + unused % BLOCK]
+    return unused, unpack_strips(words, qextra, spec)[:, within * BLOCK + unused % BLOCK]
 
 
 def _check_outliers(

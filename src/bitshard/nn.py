@@ -13,6 +13,7 @@ from bitshard.bitpack import pack, packed_length
 from bitshard.kernels import gptq_linear, mix64_linear, why_not_grouped
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
+from bitshard.records import gptq_rows, mix64_rows
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
@@ -48,7 +49,7 @@ class PackedLinear(nn.Module):
             self.replace(**grouped)
 
     def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        """Its layout's `group_rows`."""
+        """Tensors as the C kernels read them, from `records`; None if they do not."""
         raise NotImplementedError
 
     def replace(self, **tensors: torch.Tensor | None) -> None:
@@ -124,7 +125,7 @@ class QuantLinear(PackedLinear):
         )
 
     def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        return self.layout.group_rows(tensors, self.spec)
+        return gptq_rows(self.layout, tensors, self.spec)
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
@@ -182,7 +183,7 @@ class Mix64Linear(PackedLinear):
             self.register_parameter(suffix, None)
 
     def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        return Mix64Layout().group_rows(tensors, self.spec)
+        return mix64_rows(tensors, self.spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""

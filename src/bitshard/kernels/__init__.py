@@ -12,7 +12,7 @@ dtype.
 of 64 channels in stored order. The tensors are layout.Mix64Layout's: metadata those it names for `metadata_kind`, in
 that order, outliers its three or none. bits, fraction_4bit and metadata_kind are MixSpec's. Output [..., out_features].
 
-Tensors may be the file's, or `group_rows` of the layout has put them as the C kernels read them. backend: the name of a
+Tensors may be the file's, or `records` has put them as the C kernels read them. backend: the name of a
 kernel, or "exact" or "auto", which choose one by this table; "exact" never takes the first:
 
 | kernel | weights | chosen for |

@@ -1,7 +1,7 @@
 """The C kernels of csrc/linear.c, called through ctypes: several times plain torch's speed on a processor.
 
-They read weights whose words of 16 output channels lie together: `Mix64Layout.group_rows` and `GptqLayout.group_rows`
-put them so once, when a model has been loaded.
+They read weights whose words of 16 output channels lie together: `records.mix64_rows` and `gptq_rows` put them so
+once, when a model has been loaded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def gptq_linear(
     bits: int,
     bits8: bool,
 ) -> torch.Tensor:
-    """GPTQ tensors from `GptqLayout.group_rows`. bits8: activations rounded to 8 bits, each 64 with a scale."""
+    """GPTQ tensors from `records.gptq_rows`. bits8: activations rounded to 8 bits, each 64 with a scale."""
     k = x.shape[-1]
     sizes = out_features, k, k // scales.shape[1], bits
     return _call("bitshard_gptq", x, out_features, sizes, (qweight, scales, zeros), bits8)
@@ -70,7 +70,7 @@ def mix64_linear(
     wide: int,
     bits8: bool,
 ) -> torch.Tensor:
-    """`mix64` tensors from `Mix64Layout.group_rows`. wide: 4-bit strips of each block."""
+    """`mix64` tensors from `records.mix64_rows`. wide: 4-bit strips of each block."""
     sizes = out_features, x.shape[-1] // BLOCK, wide
     tensors = qweight, scales2, *(outliers or NO_OUTLIERS)
     return _call("bitshard_mix64", x, out_features, sizes, tensors, bits8)

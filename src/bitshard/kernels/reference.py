@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from bitshard.bitpack import unpack
-from bitshard.layout import GptqLayout, Mix64Layout, ungroup
+from bitshard.layout import GptqLayout, Mix64Layout
+from bitshard.records import mix64_from_rows, ungroup_rows
 from bitshard.spec import MixSpec
 
 
@@ -45,7 +46,7 @@ def gptq_linear(
 ) -> torch.Tensor:
     """x [..., K] times the dequantized matrix, both in x's dtype."""
     if qweight.dim() == 3:
-        qweight, scales, qzeros = (ungroup(tensor, out_features).T for tensor in (qweight, scales, qzeros))
+        qweight, scales, qzeros = (ungroup_rows(tensor, out_features).T for tensor in (qweight, scales, qzeros))
     return x @ dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, x.dtype)
 
 
@@ -64,7 +65,7 @@ def mix64_linear(
     layout, spec = Mix64Layout(), MixSpec(bits, fraction_4bit, metadata_kind)
     tensors = {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
     if qweight.dim() == 3:
-        tensors = layout.ungroup_rows({"qweight": qweight, "scales2": metadata[0]}, spec, out_features)
+        tensors = mix64_from_rows({"qweight": qweight, "scales2": metadata[0]}, spec, out_features)
     else:
         tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
     tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
