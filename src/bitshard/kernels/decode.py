@@ -1,0 +1,127 @@
+"""The decode kernel of a GPU, decode.cu: `mix64` weights times a few tokens, with asynchronous copies.
+
+NVRTC, which comes with torch, compiles it when it is first used, a variant for each kind of matrix and number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitshard.records import ROWS
+
+SOURCE = Path(__file__).with_name("decode.cu")
+CHANNELS = 128  # of a record
+MOST_TOKENS = 64  # every 16 tokens read the weights again: beyond 64 that is as much as float16 weights would be
+BUSY_WARPS = 8  # on each multiprocessor, when enough copies are on their way
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decode.cu is compiled with."""
+
+    wide: int  # 4-bit strips of a block
+    columns: int  # tokens of one product of the tensor core: 1, 2, 4, 8
+    tiles: int  # products side by side
+    bfloat: int
+    warps: int = 8
+    stages: int = 5
+    prefetch: int = 1
+
+    @classmethod
+    def of(cls, wide: int, tokens: int, dtype: torch.dtype) -> Variant:
+        columns = next((c for c in (1, 2, 4) if tokens <= c), 8)
+        tiles = 1 if tokens <= 8 else 2  # with two, x in registers twice over would spill
+        return cls(wide, columns, tiles, int(dtype == torch.bfloat16), prefetch=int(tiles == 1))
+
+    @property
+    def tokens(self) -> int:
+        """Of a block of threads."""
+        return self.columns * self.tiles
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block of threads: the ring and expanded scales of each warp; the sums of all warps take their place."""
+        stage = 4 * 32 * (4 + self.wide) + 6 * ROWS + 32
+        ring = self.warps * (self.stages * stage + 8 * 8 * ROWS)
+        return max(ring, 4 * (self.warps + 1) * ROWS * self.tokens)
+
+    def options(self) -> list[str]:
+        return [f"-D{name.upper()}={value}" for name, value in asdict(self).items()]
+
+
+def grid(variant: Variant, tokens: int, n: int, k: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Blocks of threads for rows, splits of K, tokens. Splits where rows alone leave multiprocessors idle."""
+    rows, batches = -(-n // ROWS), -(-tokens // variant.tokens)
+    wanted = multiprocessors * BUSY_WARPS // variant.warps
+    turns = -(-k // CHANNELS) // variant.warps  # of a warp, over all K
+    return rows, max(1, min(wanted // (rows * batches), turns)), batches
+
+
+def mix64_linear(
+    x: torch.Tensor,
+    records: torch.Tensor,
+    scales2: torch.Tensor,
+    outliers: Sequence[torch.Tensor],
+    out_features: int,
+    wide: int,
+) -> torch.Tensor:
+    """x [..., K] float16 or bfloat16, K whole blocks of 64, tensors from `records.mix64_lanes` -> [..., N]."""
+    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+    if x_MK.data_ptr() % 8:
+        x_MK = x_MK.clone()
+    tokens, k = x_MK.shape
+    y_MN = x_MK.new_empty(tokens, out_features)
+    if tokens:
+        variant = Variant.of(wide, tokens, x.dtype)
+        blocks = grid(variant, tokens, out_features, k, _multiprocessors(x.device))
+        launch(_compiled(variant, x.device), variant, blocks, x_MK, y_MN, records, scales2, outliers)
+    return y_MN.view(*x.shape[:-1], out_features)
+
+
+def launch(
+    kernel: Callable[..., Any],
+    variant: Variant,
+    blocks: tuple[int, int, int],
+    x_MK: torch.Tensor,
+    y_MN: torch.Tensor,
+    records: torch.Tensor,
+    scales2: torch.Tensor,
+    outliers: Sequence[torch.Tensor],
+) -> None:
+    """One launch on the current stream; with splits, of kernels that run one after another."""
+    rows, splits, batches = blocks
+    none = x_MK.new_empty(0)
+    partial = none if splits == 1 else _workspace(x_MK.device, rows * splits * batches * ROWS * variant.tokens)
+    arrived = none if splits == 1 else _counters(x_MK.device, rows * batches)
+    tensors = records, scales2, x_MK, y_MN, *(outliers or (none, none, none)), partial, arrived
+    sizes = len(x_MK), y_MN.shape[1], x_MK.shape[1]
+    kernel(grid=blocks, block=(32 * variant.warps, 1, 1), args=[*tensors, *sizes], shared_mem=variant.shared_bytes)
+
+
+def _workspace(device: torch.device, length: int) -> torch.Tensor:
+    return torch.empty(length, dtype=torch.float32, device=device)
+
+
+@cache
+def _counters(device: torch.device, length: int) -> torch.Tensor:
+    """Zeros, which every launch leaves as zeros."""
+    return torch.zeros(length, dtype=torch.int32, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _compiled(variant: Variant, device: torch.device) -> Any:
+    with torch.cuda.device(device):
+        kernel = torch.cuda._compile_kernel(SOURCE.read_text(), "mix64_decode", nvcc_options=variant.options())
+        kernel.set_shared_memory_config(variant.shared_bytes)
+    return kernel
