@@ -77,7 +77,24 @@ inline u16 bfloat_bits(float value) {
     return (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline void copy_async(uint4* shared, const uint4* global) {
+inline unsigned scale_pair(unsigned codes, unsigned steps, unsigned offsets) {
+    unsigned scales = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const double exact = (double)half_value((u16)(steps >> i)) * (codes >> i & 15) + half_value((u16)(offsets >> i));
+        const _Float16 rounded = (_Float16)exact;
+        u16 bits;
+        memcpy(&bits, &rounded, 2);
+        scales |= (unsigned)bits << i;
+    }
+    return scales;
+}
+inline unsigned low_halves(unsigned a, unsigned b) { return a & 0xFFFF | b << 16; }
+inline unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | b & 0xFFFF0000u; }
+
+inline unsigned address_of(const uint4* shared) { return (unsigned)((char*)shared - (char*)block_shared); }
+
+inline void copy_async(unsigned address, const uint4* global) {
+    uint4* shared = block_shared + address / 16;
     if ((uintptr_t)global % 16 || (uintptr_t)shared % 16) fprintf(stderr, "copy_async: not aligned\n"), abort();
     memset((void*)shared, 0xFF, 16);
     threads[current].groups.back().push_back({shared, global});

@@ -41,6 +41,16 @@ def test_one_lane_by_hand() -> None:
     assert record.count_nonzero() == 1 and record[2 + 1, 5] == 1 << 8 + 6
 
 
+def test_a_scale_that_would_be_rounded_twice() -> None:
+    """3 steps are 1 + 2^-11, halfway between two float16; with 2^-24 more it is nearer to the upper one."""
+    spec = MixSpec()
+    tensors = Mix64Layout().pack(random_mixed_weight(16, 64, spec, torch.Generator().manual_seed(0)))
+    tensors["scales2"][0, 2] = torch.tensor([683 / 2048, 0])
+    assert mix64_lanes(tensors, spec) is not None
+    tensors["scales2"][0, 2, 1] = 2.0**-24
+    assert mix64_lanes(tensors, spec) is None
+
+
 def test_what_they_do_not_read() -> None:
     for spec in (MixSpec(3, 0.0), MixSpec(2, 0.25, "paper")):
         tensors = Mix64Layout().pack(random_mixed_weight(16, 64, spec, torch.Generator().manual_seed(0)))

@@ -100,9 +100,10 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     qweight int32 [N / 16, ceil(blocks / 2), words], records as above. scales2 float16 [T, 8 * ceil(blocks / 2), 2].
     Rows and blocks that are missing are zeros.
 
-    None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper".
+    None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper", and scales of the second order
+    that float32 would not sum well enough for float16 to come out as from an exact sum, which is the kernels'.
     """
-    if not plain(spec):
+    if not plain(spec) or not _rounds_once(tensors["scales2"]):
         return None
     codes_NK = unpack_strips(tensors["qweight"], tensors.get("qextra"), spec)
     n, odd = len(codes_NK), tensors["qscales"].shape[1] % 2
@@ -141,6 +142,19 @@ def mix64_from_lanes(
         own = part.contiguous().view(Mix64Layout.dtypes[suffix]).view(row_tiles, count, 2, ROWS).permute(0, 3, 1, 2)
         found[suffix] = own.reshape(row_tiles * ROWS, -1)[:rows, :blocks].contiguous()
     return {**tensors, **found, "scales2": tensors["scales2"][:, : 4 * blocks].contiguous()}
+
+
+def _rounds_once(scales2: torch.Tensor) -> bool:
+    """Whether step * code + offset, rounded to float32 and then to float16, is the exact sum rounded to float16.
+
+    It may not be only where the exact sum is no float32 and that float32 lies halfway between two float16: where 3 of
+    some step make such a half and the offset is 10,000 times less.
+    """
+    steps, offsets = scales2.double().unbind(-1)
+    exact = steps[..., None] * torch.arange(16, device=scales2.device) + offsets[..., None]
+    rounded = exact.float()
+    halfway = (rounded.view(torch.int32) & 0xFFF) == 0
+    return not bool((halfway & (rounded.double() != exact)).any())
 
 
 def _wide_strips(spec: MixSpec) -> torch.Tensor:

@@ -41,11 +41,30 @@ __device__ __forceinline__ u16 bfloat_bits(float value) {
     return bits;
 }
 
+// float16(step * code + offset) of two strips, rounded once. codes: bits 0-3 and 16-19
+__device__ __forceinline__ unsigned scale_pair(unsigned codes, unsigned steps, unsigned offsets) {
+    unsigned scales;  // 0x6400 is 1024 in float16, so 0x6400 | code is 1024 + code
+    asm("{\n.reg .b32 c;\nsub.rn.f16x2 c, %1, %4;\nfma.rn.f16x2 %0, c, %2, %3;\n}"
+        : "=r"(scales)
+        : "r"(codes | 0x64006400u), "r"(steps), "r"(offsets), "r"(0x64006400u));
+    return scales;
+}
+
+__device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x5410); }
+
+__device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
+
 __device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
 
-__device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global)
-                 : "memory");
+// volatile, as the compiler would rather find it again for every use
+__device__ __forceinline__ unsigned address_of(const uint4* shared) {
+    unsigned address;
+    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"((unsigned)__cvta_generic_to_shared(shared)));
+    return address;
+}
+
+__device__ __forceinline__ void copy_async(unsigned shared, const uint4* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -76,6 +95,9 @@ constexpr int RECORD = (WORDS * 4 + ROWS * 2 * 3) / 16;              // in units
 constexpr int STAGE = RECORD + STRIPS * 4 / 16;                      // and with the second order of its scales
 constexpr int PAIRS = STRIPS * ROWS * 8 / 16;                        // a factor and a zero for each strip and row
 constexpr int WARP_SHARED = STAGES * STAGE + PAIRS;
+constexpr int COPIES = (STAGE + 31) / 32;                            // of a lane, for a record
+constexpr unsigned BIAS = BFLOAT ? 0x43004300u : 0;                  // of two codes: 128, or nothing
+constexpr float UNIT = BFLOAT ? 1.f : 1.f / 16777216.f;              // of a code as the tensor core sees it
 constexpr unsigned ONES = BFLOAT ? 0x3F803F80u : 0x3C003C00u;
 
 __device__ __forceinline__ constexpr bool is_wide(int strip) { return strip % 4 < WIDE; }
@@ -84,45 +106,38 @@ __device__ __forceinline__ float value_of(u16 bits) { return BFLOAT ? as_float((
 
 __device__ __forceinline__ u16 bits_of(float value) { return BFLOAT ? bfloat_bits(value) : half_bits(value); }
 
-// What a lane multiplies of a strip: codes of rows g, g + 8, g, g + 8 at `first_bits` and higher of each half word. Codes
-// of rows g + 8 come `row_step` times as large.
-__device__ __forceinline__ float row_step(int strip) { return is_wide(strip) ? (BFLOAT ? 1.f : 16.f) : 4.f; }
-
-__device__ __forceinline__ void fragments(unsigned (&a)[4], const unsigned* words, int strip) {
-    const int block = strip / 4, place = strip % 4;
+// What a lane multiplies of a strip: codes of rows g, g + 8, g, g + 8; those of rows g + 8 come four times as large, two
+// bits up, which saves 2-bit strips a shift each.
+__device__ __forceinline__ void fragments(unsigned (&a)[4], const unsigned* words, int strip, unsigned bias) {
+    const int block = strip / 4, place = strip % 4, among = block * (4 - WIDE) + place - WIDE;
     if (is_wide(strip)) {
         const unsigned w = words[32 * (block * WIDE + place)];
-        if (BFLOAT) {
-            for (int i = 0; i < 4; i++) a[i] = w >> 4 * i & 0x000F000Fu | 0x43004300u;
-        } else {
-            for (int i = 0; i < 4; i += 2) a[i] = w >> 4 * i & 0x000F000Fu, a[i + 1] = w >> 4 * i & 0x00F000F0u;
-        }
+        for (int i = 0; i < 4; i += 2) a[i] = w >> 4 * i & 0x000F000Fu | bias, a[i + 1] = w >> 4 * i + 2 & 0x003C003Cu | bias;
     } else {
-        const int among = block * (4 - WIDE) + place - WIDE;
-        const unsigned w = words[32 * (2 * WIDE + among / 2)] >> 8 * (among % 2), bias = BFLOAT ? 0x43004300u : 0;
-        for (int i = 0; i < 4; i += 2) {
-            a[i] = w >> 2 * i & 0x00030003u | bias, a[i + 1] = w >> 2 * i & 0x000C000Cu | bias;
-        }
+        const unsigned w = words[32 * (2 * WIDE + among / 2)] >> 8 * (among % 2);
+        for (int i = 0; i < 4; i += 2) a[i] = w >> 2 * i & 0x00030003u | bias, a[i + 1] = w >> 2 * i & 0x000C000Cu | bias;
     }
 }
 
-// A record's scales from second to first order, by all lanes, four each: pairs [strip, row] of the factor of a sum and
-// the zero to take off before.
+// A record's scales from second to first order, by all lanes, four each: pairs [strip, row] of a scale and the zero, in
+// units of what the tensor core sees as codes. Two strips at a time, side by side in a word.
 __device__ __forceinline__ void expand_scales(float2* pairs, const uint4* stage, int lane) {
-    const int row = lane % ROWS, block = lane / ROWS;
-    const u16* codes = (const u16*)((const unsigned*)stage + WORDS);
-    const u8* zeros = (const u8*)(codes + 2 * ROWS);
-    const unsigned* second = (const unsigned*)(stage + RECORD);
-    const unsigned four_codes = codes[block * ROWS + row], four_zeros = zeros[block * ROWS + row];
+    const int row = lane % ROWS, block = lane / ROWS, larger = row < 8 ? 0 : 2;
+    const u16* scale_codes = (const u16*)((const unsigned*)stage + WORDS) + block * ROWS;
+    const u8* zero_codes = (const u8*)(scale_codes - block * ROWS + 2 * ROWS) + block * ROWS;
+    const uint4 second = stage[RECORD + block];  // step and offset of four strips
+    const unsigned steps[2] = {low_halves(second.x, second.y), low_halves(second.z, second.w)};
+    const unsigned offsets[2] = {high_halves(second.x, second.y), high_halves(second.z, second.w)};
+    const unsigned codes = scale_codes[row], apart = codes | codes << 12;             // strips 0, 2 | 1, 3
+    const unsigned zeros = (unsigned)zero_codes[row] << larger, zeros_apart = zeros | zeros << 14;
+    float2* own = pairs + block * 4 * ROWS + row;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int strip = block * 4 + i;
-        const float step = half_value((u16)(second[strip] & 0xFFFF)), offset = half_value((u16)(second[strip] >> 16));
-        const float scale = half_value(half_bits(fmaf(step, (float)(four_codes >> 4 * i & 15), offset)));
-        const float zero = (float)((four_zeros >> 2 * i & 3) + (i < WIDE ? 6 : 0));
-        const float larger = row < 8 ? 1.f : row_step(i);
-        const float unit = BFLOAT ? 1.f : 1.f / 16777216.f;  // of a code in the tensor core
-        pairs[strip * ROWS + row] = make_float2(scale / (unit * larger), (BFLOAT ? 128.f : 0.f) + zero * unit * larger);
+    for (int i = 0; i < 4; i += 2) {
+        const unsigned scale = scale_pair(apart >> 4 * i & 0x000F000Fu, steps[i / 2], offsets[i / 2]);
+        const unsigned base = (i < WIDE ? 6 : 0) + (i + 1 < WIDE ? 6 << 16 : 0);
+        const unsigned zero = (zeros_apart >> 2 * i & 0x00030003u << larger) + (base << larger) | BIAS;
+        own[i * ROWS] = make_float2(half_value((u16)scale), value_of((u16)zero));
+        own[(i + 1) * ROWS] = make_float2(half_value((u16)(scale >> 16)), value_of((u16)(zero >> 16)));
     }
 }
 
@@ -139,48 +154,66 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
     const uint4* own_records = records + (long long)row_tile * count * RECORD;
     const uint4* own_scales2 = scales2 + (long long)(row_tile / 4) * count * (STAGE - RECORD);
 
-    const auto fill = [&](int turn) {
-        const long long record = start + (long long)turn * stride;
-        if (record < count) {
-            uint4* stage = ring + turn % STAGES * STAGE;
-            for (int i = lane; i < STAGE; i += 32) {
-                copy_async(stage + i, i < RECORD ? own_records + record * RECORD + i
-                                                 : own_scales2 + record * (STAGE - RECORD) + i - RECORD);
-            }
+    const uint4* source[COPIES];
+    int source_step[COPIES];
+#pragma unroll
+    for (int c = 0; c < COPIES; c++) {
+        const int i = lane + 32 * c, length = i < RECORD ? RECORD : STAGE - RECORD;
+        source[c] = (i < RECORD ? own_records + i : own_scales2 + i - RECORD) + (long long)start * length;
+        source_step[c] = stride * length;
+    }
+    const unsigned ring_address = address_of(ring + lane);
+    int filling = start, fill_at = 0, read_at = 0;
+    const auto next_stage = [](int at) { return at >= (STAGES - 1) * STAGE ? at - (STAGES - 1) * STAGE : at + STAGE; };
+    const auto fill = [&]() {
+#pragma unroll
+        for (int c = 0; c < COPIES; c++) {
+            if (filling < count && lane + 32 * c < STAGE) copy_async(ring_address + 16 * (fill_at + 32 * c), source[c]);
+            source[c] += source_step[c];
         }
         commit();
+        filling += stride, fill_at = next_stage(fill_at);
     };
 
     // x of a lane: four channels of token g % COLUMNS, in the strip that this column of each product stands for
     unsigned x_now[COLUMNS][TILES][2], x_next[COLUMNS][TILES][2];
-    const auto read_x = [&](unsigned(&into)[COLUMNS][TILES][2], int record) {
+    const u16* x_at[TILES];
+    int x_left[TILES];  // channels from there to the end; none for a token that does not exist
 #pragma unroll
-        for (int q = 0; q < COLUMNS; q++) {
-            const int channel = record * CHANNELS + (q * GROUP + g / COLUMNS) * 16 + 4 * t;
+    for (int tile = 0; tile < TILES; tile++) {
+        const int token = first_token + tile * COLUMNS + g % COLUMNS, channel = start * CHANNELS + g / COLUMNS * 16 + 4 * t;
+        x_at[tile] = x + (long long)token * k + channel, x_left[tile] = token < tokens ? k - channel : 0;
+    }
+    const auto read_x = [&](unsigned(&into)[COLUMNS][TILES][2]) {
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                const int token = first_token + tile * COLUMNS + g % COLUMNS;
-                const bool real = token < tokens && channel < k;
-                const uint2 four = real ? *(const uint2*)(x + (long long)token * k + channel) : make_uint2(0, 0);
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int q = 0; q < COLUMNS; q++) {
+                const bool real = q * GROUP * 16 < x_left[tile];
+                const uint2 four = real ? *(const uint2*)(x_at[tile] + q * GROUP * 16) : make_uint2(0, 0);
                 into[q][tile][0] = four.x, into[q][tile][1] = four.y;
             }
+            x_at[tile] += stride * CHANNELS, x_left[tile] -= stride * CHANNELS;
         }
     };
 
-    for (int turn = 0; turn < STAGES - 1; turn++) fill(turn);
-    if (PREFETCH) read_x(x_now, start);
+    const unsigned ones[4] = {ONES, ONES, ONES, ONES};
+    // tokens are never negative, which the compiler cannot know: a mask and a bias in one instruction need a register
+    const unsigned bias = BFLOAT ? BIAS + (tokens < 0) : 0;
+    for (int i = 0; i < STAGES - 1; i++) fill();
+    if (PREFETCH) read_x(x_now);
     float sums[TILES][4] = {};
-    for (int turn = 0, record = start; record < count; turn++, record += stride) {
+    for (int record = start; record < count; record += stride, read_at = next_stage(read_at)) {
         __syncwarp();  // everybody has read what is overwritten now
-        fill(turn + STAGES - 1);
+        fill();
         wait<STAGES - 1>();
         __syncwarp();  // everybody's copies of this record have arrived
         if (PREFETCH) {
-            read_x(x_next, record + stride);
+            read_x(x_next);
         } else {
-            read_x(x_now, record);
+            read_x(x_now);
         }
-        const uint4* stage = ring + turn % STAGES * STAGE;
+        const uint4* stage = ring + read_at;
         expand_scales(pairs, stage, lane);
         __syncwarp();
         const unsigned* words = (const unsigned*)stage + lane;
@@ -190,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
 #pragma unroll
             for (int i = 0; i < GROUP; i++) {
                 unsigned a[4];
-                fragments(a, words, q * GROUP + i);
+                fragments(a, words, q * GROUP + i, bias);
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     const bool own = g / COLUMNS == i;
@@ -198,7 +231,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
                     multiply(products[tile], a, b);
                 }
             }
-            const unsigned ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) multiply(sums_x[tile], ones, x_now[q][tile]);
 #pragma unroll
@@ -226,7 +258,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float even = sums[tile][2 * half], odd = sums[tile][2 * half + 1];
+            const float weight = 1 / UNIT / (half ? 4 : 1);
+            float even = sums[tile][2 * half] * weight, odd = sums[tile][2 * half + 1] * weight;
             if (COLUMNS == 1) even += odd;
             for (int other = COLUMNS / 2 > 0 ? COLUMNS / 2 : 1; other < 4; other *= 2) {
                 even += __shfl_xor_sync(~0u, even, other), odd += __shfl_xor_sync(~0u, odd, other);

@@ -1,6 +1,6 @@
 """The decode kernel of a GPU, decode.cu: `mix64` weights times a few tokens, with asynchronous copies.
 
-NVRTC, which comes with torch, compiles it when it is first used, a variant for each kind of matrix and number of tokens.
+NVRTC, which comes with torch, compiles it when it is first used: a variant for each kind of matrix and number of tokens.
 """
 
 from __future__ import annotations
