@@ -11,9 +11,9 @@ import torch
 from bitshard.bench import ggml, kernels
 from bitshard.bench.kernels import KernelBench, bench_kernels
 from bitshard.errors import BenchError, CheckpointError, SpecError
-from bitshard.kernels import why_not_grouped
+from bitshard.kernels import why_not_arranged
 
-pytestmark = pytest.mark.skipif(bool(why_not_grouped()), reason="the C kernels were not built")
+pytestmark = pytest.mark.skipif(bool(why_not_arranged("cpu")), reason="the C kernels were not built")
 SMALL = KernelBench(((64, 256), (80, 192)), (1, 5), (1, 2), 3)
 
 
@@ -60,6 +60,6 @@ def test_refuses(option: str, value: object) -> None:
 def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="suffix '.txt'"):
         bench_kernels(SMALL, tmp_path / "k.txt")
-    monkeypatch.setattr(kernels, "why_not_grouped", lambda: "install bitshard where there is a C compiler")
+    monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "install bitshard where there is a C compiler")
     with pytest.raises(BenchError, match="no C kernels"):
         bench_kernels(SMALL)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bitshard import kernels
 from bitshard.errors import SpecError
-from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu
+from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu, decode
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit
 from bitshard.quantized import QuantizedWeight
@@ -83,7 +85,7 @@ def gptq(spec: QuantSpec, n: int, k: int, gathered: bool = False) -> tuple[Quant
 def check(linear: PackedLinear, W_KN: torch.Tensor, dtype: torch.dtype, tokens: tuple[int, ...]) -> None:
     """Identity bit for bit, and of random tokens an error at most twice torch's; int8 within half a step of each x."""
     k, n = W_KN.shape
-    linear.group_rows()
+    linear.arrange()
     linear.backend = "cpu"
     assert torch.equal(linear(torch.eye(k, dtype=dtype)), W_KN.to(dtype))
     x_MK = torch.randn(sum(tokens), k, generator=torch.Generator().manual_seed(n)).to(dtype)
@@ -120,7 +122,7 @@ def test_scales_below_float16s_normal_numbers() -> None:
     tensors = {name: parameter.data for name, parameter in linear.named_parameters()}
     weight = Mix64Layout().decode(tensors, linear.spec, 90)
     assert 0 < weight.scales().max() < 2.0**-14
-    linear.group_rows()
+    linear.arrange()
     assert torch.equal(linear(torch.eye(90)), weight.dequantize().T)
 
 
@@ -137,7 +139,7 @@ def layers() -> list[tuple[PackedLinear, torch.Tensor]]:
 def test_many_tokens_are_the_same_tokens_one_by_one(which: int) -> None:
     """More than a panel, by every number of threads."""
     linear, W_KN = layers()[which]
-    linear.group_rows()
+    linear.arrange()
     x_MK, threads = torch.randn(131, len(W_KN), generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     for linear.backend in ("cpu", "cpu-int8"):
         one_by_one = torch.cat([linear(x[None]) for x in x_MK])
@@ -152,7 +154,7 @@ def test_many_tokens_are_the_same_tokens_one_by_one(which: int) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference"])
 def test_any_shape_and_stride(which: int, backend: str) -> None:
     linear, W_KN = layers()[which]
-    linear.group_rows()
+    linear.arrange()
     linear.backend = backend
     k, n = W_KN.shape
     x = torch.randn(2, 3, 2 * k, generator=torch.Generator().manual_seed(0))[..., ::2]
@@ -165,7 +167,7 @@ def test_any_shape_and_stride(which: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "cpu-int8"])
 def test_an_activation_that_is_not_finite_is_not_hidden(backend: str, value: float) -> None:
     for linear, W_KN in layers():
-        linear.group_rows()
+        linear.arrange()
         linear.backend = backend
         x = torch.randn(2, len(W_KN))
         x[0, 3] = value
@@ -176,7 +178,7 @@ def test_the_reference_reads_grouped_rows_too() -> None:
     for linear, W_KN in layers():
         eye = torch.eye(len(W_KN))
         assert torch.equal(linear(eye), W_KN)
-        linear.group_rows()
+        linear.arrange()
         linear.backend = "reference"
         assert torch.equal(linear(eye), W_KN)
 
@@ -189,7 +191,7 @@ def test_what_the_kernels_cannot_read_stays_as_it_is() -> None:
         gptq(QuantSpec(3, 48), 64, 96),
     ):
         before = linear.qweight.data
-        linear.group_rows()
+        linear.arrange()
         assert linear.qweight.data.data_ptr() == before.data_ptr() or torch.equal(linear.qweight.data, before)
         assert torch.equal(linear(torch.eye(len(W_KN))), W_KN)
 
@@ -205,28 +207,57 @@ def test_a_dense_layer_in_eight_bits() -> None:
     assert ((found_NK - W_NK).view(50, 2, 64).abs() <= most_NG1 / 254 + 1e-7).all()
 
 
-def test_the_choice() -> None:
-    assert choose(True, 1, "auto") == choose(True, MOST_INT8_TOKENS, "auto") == "cpu-int8"
-    assert choose(True, MOST_INT8_TOKENS + 1, "auto") == choose(True, 1, "exact") == "cpu"
-    assert choose(False, 1, "auto") == choose(False, 1, "exact") == choose(True, 1, "reference") == "reference"
-    with pytest.raises(SpecError, match="found 'gpu'; allowed: exact, auto, cpu-int8, cpu, reference"):
-        choose(True, 1, "gpu")
-    with pytest.raises(SpecError, match="cpu for weights as the file has them; allowed: reference"):
-        choose(False, 1, "cpu")
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single, most = torch.float16, torch.float32, MOST_INT8_TOKENS
+    assert choose("mix64", "cpu", half, 1, "auto") == choose("gptq", "cpu", single, most, "auto") == "cpu-int8"
+    assert choose("mix64", "cpu", half, most + 1, "auto") == choose("gptq", "cpu", half, 1, "exact") == "cpu"
+    assert choose("mix64", "file", half, 1, "auto") == choose("gptq", "cpu", half, 1, "reference") == "reference"
+    assert choose("mix64", "cpu", half, most + 1, "cpu-int8") == "cpu-int8"
+    with pytest.raises(SpecError, match="found 'gpu'; allowed: exact, auto, cpu-int8, cpu, decode, triton, reference"):
+        choose("mix64", "cpu", half, 1, "gpu")
+    with pytest.raises(SpecError, match="cpu for mix64 weights as the file has them, float16 activations"):
+        choose("mix64", "file", half, 1, "cpu")
+    with pytest.raises(SpecError, match="decode for mix64 weights on a processor.*an NVIDIA GPU is needed"):
+        choose("mix64", "cpu", half, 1, "decode")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels as if there were a GPU that runs them all."""
+    found = tuple(replace(kernel, missing=lambda: "") for kernel in kernels.KERNELS)
+    monkeypatch.setattr(kernels, "KERNELS", found)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("backend", ["exact", "auto"])
+def test_the_choice_on_a_gpu(backend: str) -> None:
+    half, most = torch.bfloat16, decode.MOST_TOKENS
+    assert choose("mix64", "gpu", half, most, backend) == "decode"
+    assert choose("mix64", "gpu", half, most + 1, backend) == "triton"
+    assert choose("mix64", "gpu", torch.float32, 1, backend) == choose("gptq", "gpu", half, 1, backend) == "triton"
+    assert choose("mix64", "gpu", half, most + 1, "decode") == "decode"
+    assert choose("mix64", "file", half, 1, backend) == "reference"
+    with pytest.raises(SpecError, match="decode for gptq weights on a GPU, bfloat16 activations"):
+        choose("gptq", "gpu", half, 1, "decode")
 
 
 def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda: None)
     linear, W_KN = layers()[0]
-    linear.group_rows()
-    assert linear.qweight.dim() == 2 and torch.equal(linear(torch.eye(len(W_KN))), W_KN)
+    linear.arrange()
+    assert linear.arrangement == "file" and torch.equal(linear(torch.eye(len(W_KN))), W_KN)
+    choose.cache_clear()
     with pytest.raises(SpecError, match="install bitshard where there is a C compiler"):
-        choose(False, 1, "cpu")
+        choose("mix64", "cpu", torch.float32, 1, "cpu")
+    choose.cache_clear()
 
 
 def test_compiled_without_a_break() -> None:
     for linear, W_KN in layers():
-        linear.group_rows()
+        linear.arrange()
         x = torch.randn(3, len(W_KN))
         assert torch.equal(torch.compile(linear, fullgraph=True, backend="eager")(x), linear(x))
 

@@ -14,7 +14,7 @@ from alter import Change, config, content, tensors, without
 from bitshard.checkpoint import REPORT, Checkpoint
 from bitshard.errors import FormatError, PlanError
 from bitshard.integrations.transformers import load, require_degree
-from bitshard.kernels import why_not_grouped
+from bitshard.kernels import why_not_arranged
 from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
 from bitshard.models import Shapes
 from bitshard.nn import Mix64Linear
@@ -89,8 +89,8 @@ def run_cases(paths: list[str]) -> list[tuple[torch.Tensor, dict[str, int], dict
             found = model(token_ids(96), use_cache=False).logits
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, module in model.named_modules():
-            if isinstance(module, Mix64Linear):  # whose rows may be grouped: [rows / 16, blocks, words]
-                strips = module.qweight.shape[1] * (4 if module.grouped_rows else 1)
+            if isinstance(module, Mix64Linear):
+                strips = (module.file_shape or module.qweight.shape)[1]
                 shapes[f"{name}.qweight"] = (module.rows, strips)
         results.append((found, traffic.calls, shapes))
     return results
@@ -124,7 +124,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
                 assert sum(shapes[f"{module}.outlier_values"][0] for shapes in held) == entries
 
 
-@pytest.mark.skipif(bool(why_not_grouped()), reason="the C kernels were not built")
+@pytest.mark.skipif(bool(why_not_arranged("cpu")), reason="the C kernels were not built")
 def test_what_runs_in_plain_torch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(random_checkpoint(tmp_path / "mixed", "llama", SPEC))
     load(random_checkpoint(tmp_path / "3-bit", "llama", PLAIN), backend="reference")
@@ -132,7 +132,7 @@ def test_what_runs_in_plain_torch_is_said(tmp_path: Path, caplog: pytest.LogCapt
     load(random_checkpoint(tmp_path / "slow", "llama", PLAIN))
     [record] = caplog.records
     assert record.getMessage().startswith(
-        "plain torch runs 14 of 14 matrices, model.layers.0.mlp.down_proj first: the C"
+        "plain torch runs 14 of 14 matrices, model.layers.0.mlp.down_proj first: kernels read"
     )
 
 

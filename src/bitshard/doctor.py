@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from bitshard.kernels import cpu, why_not_grouped
+from bitshard.kernels import cpu, decode, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,26 @@ def examine() -> Sequence[Finding]:
         ),
         _cuda(),
         _collectives(),
-        _kernels(),
+        *_kernels(),
         *(_demo_package(module, requirement) for module, requirement in DEMO_PACKAGES.items()),
     ]
 
 
-def _kernels() -> Finding:
-    if why := why_not_grouped():
-        return Finding("C kernels", "missing", "plain torch runs instead, several times slower", why)
-    return Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}; plain torch on a GPU")
+def _kernels() -> Sequence[Finding]:
+    """A line for each kind of kernel that is not plain torch."""
+    if why := cpu.missing():
+        processor = Finding("C kernels", "missing", "plain torch runs instead, several times slower", why)
+    else:
+        processor = Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}")
+    if not torch.cuda.is_available():
+        return [processor]
+    found = [processor]
+    for subject, why, instead in (
+        ("CUDA decode kernel", decode.missing(), "Triton's kernels run instead"),
+        ("Triton kernels", why_not_triton(), "plain torch runs instead, many times slower"),
+    ):
+        found.append(Finding(subject, "missing", instead, why) if why else Finding(subject, "ok", ""))
+    return found
 
 
 def _package(name: str, tested: Sequence[str]) -> Finding:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitshard.bitpack import pack, packed_length
-from bitshard.kernels import gptq_linear, mix64_linear, why_not_grouped
+from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why_not_arranged, why_not_triton
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
-from bitshard.records import gptq_rows, mix64_rows
+from bitshard.records import gptq_rows, mix64_lanes, mix64_rows
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
@@ -28,29 +28,36 @@ class PackedLinear(nn.Module):
     cut: str  # how a tensor-parallel slice is taken; see integrations.transformers
     qweight: nn.Parameter
     rows_dim: int  # of qweight, as the file has it
+    layout_name: str
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.grouped_rows: int | None = None  # how many there are, once `group_rows` has filled them up
+        self.arrangement: Arrangement = "file"  # of the tensors; the others are what `arrange` makes
+        self.file_shape: torch.Size | None = None  # of qweight, where it is in another arrangement
         self.backend = "exact"  # which kernel runs; see kernels
 
     @property
     def rows(self) -> int:
         """Output channels that this rank has."""
-        return self.grouped_rows or self.qweight.shape[self.rows_dim]
+        return (self.file_shape or self.qweight.shape)[self.rows_dim]
 
-    def group_rows(self) -> None:
-        """Put the weights as the C kernels read them, if those run here and read them at all."""
-        if self.qweight.device.type != "cpu" or why_not_grouped():
+    def arrange(self) -> None:
+        """Put the weights as the kernels of their device read them, if there are any that read them at all."""
+        device = self.qweight.device.type
+        if why_not_arranged(device):
             return
-        if grouped := self.grouped({name: tensor.data for name, tensor in self.named_parameters(recurse=False)}):
-            self.grouped_rows = self.rows
-            self.replace(**grouped)
+        if arranged := self.arranged({name: p.data for name, p in self.named_parameters(recurse=False)}, device):
+            self.file_shape, self.arrangement = self.qweight.shape, "gpu" if device == "cuda" else "cpu"
+            self.replace(**arranged)
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        """Tensors as the C kernels read them, from `records`; None if they do not."""
+    def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
+        """Tensors as the kernels of a device read them, from `records`; None if they do not."""
         raise NotImplementedError
+
+    def kernel(self, dtype: torch.dtype, tokens: int) -> str:
+        """Which one runs. Raises SpecError when it is to be one that cannot."""
+        return choose(self.layout_name, self.arrangement, dtype, tokens, self.backend)
 
     def replace(self, **tensors: torch.Tensor | None) -> None:
         """Other tensors, or none, under the public names."""
@@ -65,7 +72,7 @@ class QuantLinear(PackedLinear):
     `perm` is left of `g_idx`: the gather of the input that the file's order asks for, None when there is none.
     """
 
-    rows_dim = 1
+    rows_dim, layout_name = 1, GptqLayout.name
 
     def __init__(
         self,
@@ -124,8 +131,10 @@ class QuantLinear(PackedLinear):
             scales=self.scales.data.chunk(size)[rank].clone() if len(self.scales) > 1 else self.scales.data,
         )
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        return gptq_rows(self.layout, tensors, self.spec)
+    def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
+        if device == "cpu":
+            return gptq_rows(self.layout, tensors, self.spec)
+        return None if why_not_triton() else {"qzeros": self.layout.unpack_zeros(tensors["qzeros"], self.spec.bits)}
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""
@@ -136,7 +145,7 @@ class QuantLinear(PackedLinear):
         """x [..., K] -> [..., N]."""
         if self.perm is not None:
             x = x[..., self.perm]
-        how = self.spec.bits, self.layout.zeros_version, self.backend
+        how = self.spec.bits, self.layout.zeros_version, self.arrangement, self.backend
         y: torch.Tensor = gptq_linear(x, self.qweight, self.scales, self.qzeros, self.g_idx, self.rows, *how)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -149,7 +158,7 @@ HEAD = QuantSpec(bits=8, group_size=64)
 
 def fits_eight_bit(module: Any) -> bool:
     """Whether `eight_bit` takes this module and the C kernels run here."""
-    plain = type(module) is nn.Linear and module.weight.device.type == "cpu" and not why_not_grouped()
+    plain = type(module) is nn.Linear and module.weight.device.type == "cpu" and not why_not_arranged("cpu")
     return plain and module.in_features % HEAD.group_size == 0
 
 
@@ -164,7 +173,7 @@ def eight_bit(dense: nn.Linear) -> QuantLinear:
     linear.replace(qweight=pack(codes_KN, HEAD.bits, dim=0), scales=scales_GN, qzeros=zeros_GN)
     if dense.bias is not None:
         linear.replace(bias=dense.bias.detach())
-    linear.group_rows()
+    linear.arrange()
     return linear
 
 
@@ -172,7 +181,7 @@ class Mix64Linear(PackedLinear):
     """A linear layer over `mix64` tensors; empty until `replace` gives it a matrix's, or a rank's slice of them."""
 
     cut = "ours"
-    rows_dim = 0
+    rows_dim, layout_name = 0, Mix64Layout.name
     strip_order: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -182,12 +191,12 @@ class Mix64Linear(PackedLinear):
         for suffix in Mix64Layout.suffixes:
             self.register_parameter(suffix, None)
 
-    def grouped(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None] | None:
-        return mix64_rows(tensors, self.spec)
+    def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
+        return mix64_rows(tensors, self.spec) if device == "cpu" else mix64_lanes(tensors, self.spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        strips = self.qweight.shape[1] * (4 if self.qweight.dim() == 3 else 1)
+        strips = (self.file_shape or self.qweight.shape)[1]
         unused = strips * STRIP - x.shape[-1]
         if unused:
             x = F.pad(x, (0, unused))
@@ -196,7 +205,7 @@ class Mix64Linear(PackedLinear):
         spec, own = self.spec, self._parameters
         metadata = [own[suffix] for suffix in Mix64Layout.metadata[spec.metadata] if own[suffix] is not None]
         outliers = [] if own["outlier_rows"] is None else [own[suffix] for suffix in Mix64Layout.outliers]
-        how = spec.bits, spec.fraction_4bit, spec.metadata, self.backend
+        how = spec.bits, spec.fraction_4bit, spec.metadata, self.arrangement, self.backend
         y: torch.Tensor = mix64_linear(x, self.qweight, self.qextra, metadata, outliers, self.rows, *how)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -113,7 +113,7 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     codes = codes.reshape(row_tiles, codes.shape[1], 8, 32, 2, 4)
     wide, shifts4, shifts2 = _wide_strips(spec), _shifts(4), _shifts(2)
     words4 = (codes[:, :, wide] << shifts4.to(codes.device)).sum((4, 5), dtype=torch.int32)
-    pairs = codes[:, :, ~wide].unflatten(2, (-1, 2)).transpose(3, 4)
+    pairs = codes[:, :, ~wide].reshape(*codes.shape[:2], -1, 2, 32, 2, 4).transpose(3, 4)
     words2 = (pairs << shifts2.to(codes.device)).sum((4, 5, 6), dtype=torch.int32)
     metadata = [
         _fill(tensors[suffix], -n % ROWS, odd).view(row_tiles, ROWS, -1, 2).permute(0, 2, 3, 1).flatten(2).contiguous()

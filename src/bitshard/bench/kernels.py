@@ -22,7 +22,7 @@ from rich.table import Table
 from bitshard.bench import ggml, report
 from bitshard.bench.timing import Call, Times, cpu_seconds
 from bitshard.errors import BenchError, SpecError
-from bitshard.kernels import why_not_grouped
+from bitshard.kernels import why_not_arranged
 from bitshard.kernels.reference import dequantize
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
@@ -144,7 +144,7 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
     """Check, then time, and write `out` (.json, and .png beside it) if given. Raises BenchError for a wrong output."""
     if out is not None:
         report.require_json_path(out)
-    if why := why_not_grouped():
+    if why := why_not_arranged("cpu"):
         raise BenchError("bench kernels", "no C kernels", "a build that has them", why)
     header, threads_before, rows = report.header("cpu"), torch.get_num_threads(), []
     cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
@@ -276,7 +276,7 @@ def _random_mix64(n: int, k: int) -> tuple[Mix64Linear, torch.Tensor]:
     }
     linear = Mix64Linear(k, n, spec)
     linear.replace(**tensors)
-    linear.group_rows()
+    linear.arrange()
     rows = layout.cut_columns(tensors, spec, [(0, min(n, CHECKED_ROWS))])
     return linear, layout.decode(rows, spec, k).dequantize()
 
@@ -293,5 +293,5 @@ def _random_gptq(n: int, k: int) -> tuple[QuantLinear, torch.Tensor]:
         scales=torch.rand(groups, n, generator=generator) * 1e-2,
     )
     W_KN = dequantize(linear.qweight, linear.scales, linear.qzeros, None, spec.bits, 2, torch.float32)
-    linear.group_rows()
+    linear.arrange()
     return linear, W_KN[:, :CHECKED_ROWS].T.contiguous()

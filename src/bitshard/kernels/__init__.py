@@ -12,55 +12,92 @@ dtype.
 of 64 channels in stored order. The tensors are layout.Mix64Layout's: metadata those it names for `metadata_kind`, in
 that order, outliers its three or none. bits, fraction_4bit and metadata_kind are MixSpec's. Output [..., out_features].
 
-Tensors may be the file's, or `records` has put them as the C kernels read them. backend: the name of a
-kernel, or "exact" or "auto", which choose one by this table; "exact" never takes the first:
-
-| kernel | weights | chosen for |
-|---|---|---|
-| `cpu-int8` | grouped rows | up to 64 tokens; activations are rounded to 8 bits, each block of 64 with a scale |
-| `cpu` | grouped rows | the rest of these |
-| `reference` | any | everything else |
+arrangement: "file", or "cpu" or "gpu" when `records` has put the tensors as kernels there read them. backend: "exact"
+or "auto", which take the first of KERNELS that reads the weights, the dtype and so many tokens ("exact" none that
+rounds activations), or the name of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Literal
 
 import torch
 
 from bitshard.errors import SpecError
-from bitshard.kernels import cpu, reference
+from bitshard.kernels import cpu, decode, reference
+from bitshard.spec import MixSpec
 
-KERNELS = ("cpu-int8", "cpu", "reference")
-BACKENDS = ("exact", "auto", *KERNELS)
+Arrangement = Literal["file", "cpu", "gpu"]
+HALVES = (torch.float16, torch.bfloat16)
 MOST_INT8_TOKENS = 64  # above that a model reads rather than writes, and all of it is worth being exact
+
+
+@cache
+def why_not_triton() -> str:
+    return "" if importlib.util.find_spec("triton") else "install triton: pip install 'bitshard[triton]'"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply. missing: what keeps it from running here; "" if nothing does."""
+
+    name: str
+    reads: tuple[Arrangement, ...]
+    missing: Callable[[], str]
+    layouts: tuple[str, ...] = ("gptq", "mix64")
+    dtypes: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
+    most_tokens: int | None = None  # for which it is chosen
+    exact: bool = True  # activations are taken as they are
+
+
+KERNELS = (  # in order of preference
+    Kernel("cpu-int8", ("cpu",), cpu.missing, most_tokens=MOST_INT8_TOKENS, exact=False),
+    Kernel("cpu", ("cpu",), cpu.missing),
+    Kernel("decode", ("gpu",), decode.missing, ("mix64",), HALVES, decode.MOST_TOKENS),
+    Kernel("triton", ("gpu",), why_not_triton),
+    Kernel("reference", ("file", "cpu", "gpu"), lambda: ""),
+)
+BACKENDS = ("exact", "auto", *(kernel.name for kernel in KERNELS))
 
 torch.library.define(
     "bitshard::gptq_linear",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor qzeros, Tensor? g_idx, int out_features,"
-    " int bits, int zeros_version, str backend) -> Tensor",
+    " int bits, int zeros_version, str arrangement, str backend) -> Tensor",
 )
 torch.library.define(
     "bitshard::mix64_linear",
     "(Tensor x, Tensor qweight, Tensor? qextra, Tensor[] metadata, Tensor[] outliers, int out_features, int bits,"
-    " float fraction_4bit, str metadata_kind, str backend) -> Tensor",
+    " float fraction_4bit, str metadata_kind, str arrangement, str backend) -> Tensor",
 )
 gptq_linear = torch.ops.bitshard.gptq_linear.default
 mix64_linear = torch.ops.bitshard.mix64_linear.default
 
 
-def choose(grouped: bool, tokens: int, backend: str) -> str:
-    """The kernel that runs. Raises SpecError for one that does not exist or cannot read these weights."""
-    if backend == "auto" and grouped and tokens <= MOST_INT8_TOKENS:
-        return "cpu-int8"
-    if backend in ("auto", "exact"):
-        return "cpu" if grouped else "reference"
+@lru_cache(maxsize=1024)
+def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
+    """The kernel that runs. Raises SpecError for one that does not exist or cannot read this."""
     require_backend(backend)
-    if backend != "reference" and not grouped:
-        why = why_not_grouped() or "load the model with this backend"
-        raise SpecError("backend", f"{backend} for weights as the file has them", "reference", why)
-    return backend
+    for kernel in KERNELS:
+        if backend in ("exact", "auto"):
+            fits = kernel.most_tokens is None or tokens <= kernel.most_tokens
+            wanted = fits and (kernel.exact or backend == "auto")
+        else:
+            wanted = kernel.name == backend
+        reads = arrangement in kernel.reads and layout in kernel.layouts and dtype in kernel.dtypes
+        if wanted and reads and not kernel.missing():
+            return kernel.name
+    (kernel,) = (kernel for kernel in KERNELS if kernel.name == backend)
+    what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
+    raise SpecError(
+        "backend",
+        f"{backend} for {layout} {what[arrangement]}, {str(dtype).removeprefix('torch.')} activations",
+        "exact, auto, reference",
+        kernel.missing() or "choose one of these",
+    )
 
 
 def require_backend(backend: str) -> None:
@@ -68,9 +105,11 @@ def require_backend(backend: str) -> None:
         raise SpecError("backend", repr(backend), ", ".join(BACKENDS), "choose one of them")
 
 
-def why_not_grouped() -> str:
-    """What keeps the C kernels from running here; "" if nothing does."""
-    return "" if cpu.library() is not None else "install bitshard where there is a C compiler"
+def why_not_arranged(device: str) -> str:
+    """What keeps faster kernels than the reference from running on a device; "" if nothing does."""
+    if device == "cuda":
+        return decode.missing() and why_not_triton()
+    return cpu.missing() if device == "cpu" else f"there are no kernels for {device}"
 
 
 @torch.library.impl("bitshard::gptq_linear", ("CPU", "CUDA"))
@@ -83,11 +122,16 @@ def _(
     out_features: int,
     bits: int,
     zeros_version: int,
+    arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
-    kernel = choose(qweight.dim() == 3, x.shape[:-1].numel(), backend)
+    kernel = choose("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
+    if kernel == "triton":
+        from bitshard.kernels import triton
+
+        return triton.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits)
     return cpu.gptq_linear(x, qweight, scales, qzeros, out_features, bits, kernel == "cpu-int8")
 
 
@@ -102,14 +146,20 @@ def _(
     bits: int,
     fraction_4bit: float,
     metadata_kind: str,
+    arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
-    kernel = choose(qweight.dim() == 3, x.shape[:-1].numel(), backend)
+    kernel = choose("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
-        return reference.mix64_linear(
-            x, qweight, qextra, metadata, outliers, out_features, bits, fraction_4bit, metadata_kind
-        )
+        spec = MixSpec(bits, fraction_4bit, metadata_kind)
+        return reference.mix64_linear(x, qweight, qextra, metadata, outliers, out_features, spec, arrangement)
     wide = 4 if bits == 4 else int(4 * fraction_4bit)
+    if kernel == "decode":
+        return decode.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
+    if kernel == "triton":
+        from bitshard.kernels import triton
+
+        return triton.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
     return cpu.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide, kernel == "cpu-int8")
 
 

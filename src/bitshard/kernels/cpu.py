@@ -38,6 +38,10 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def missing() -> str:
+    return "" if library() is not None else "install bitshard where there is a C compiler"
+
+
 @cache
 def instruction_set() -> int:
     """The best that this processor has, an index of INSTRUCTION_SETS."""

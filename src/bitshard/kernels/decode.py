@@ -1,6 +1,6 @@
 """The decode kernel of a GPU, decode.cu: `mix64` weights times a few tokens, with asynchronous copies.
 
-NVRTC, which comes with torch, compiles it when it is first used: a variant for each kind of matrix and number of tokens.
+NVRTC, which comes with torch, compiles it when it is first used: a variant for each kind of matrix and batch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,20 @@ class Variant:
 
     def options(self) -> list[str]:
         return [f"-D{name.upper()}={value}" for name, value in asdict(self).items()]
+
+
+@cache
+def missing() -> str:
+    """What keeps the kernel from running here; "" if nothing does: a variant of it was compiled."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "an NVIDIA GPU is needed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "a GPU of compute capability 8.0 or later is needed"
+    try:
+        _compiled(Variant.of(1, 1, torch.float16), torch.device("cuda"))
+    except (AttributeError, OSError, RuntimeError) as error:  # no such function in this torch; no NVRTC; what it says
+        return f"NVRTC does not compile it: {str(error).splitlines()[0]}"
+    return ""
 
 
 def grid(variant: Variant, tokens: int, n: int, k: int, multiprocessors: int) -> tuple[int, int, int]:

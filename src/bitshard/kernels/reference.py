@@ -8,8 +8,8 @@ import torch
 
 from bitshard.bitpack import unpack
 from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.records import mix64_from_rows, ungroup_rows
-from bitshard.spec import MixSpec
+from bitshard.records import mix64_from_lanes, mix64_from_rows, ungroup_rows
+from bitshard.spec import BLOCK, MixSpec
 
 
 def dequantize(
@@ -57,16 +57,17 @@ def mix64_linear(
     metadata: Sequence[torch.Tensor],
     outliers: Sequence[torch.Tensor],
     out_features: int,
-    bits: int,
-    fraction_4bit: float,
-    metadata_kind: str,
+    spec: MixSpec,
+    arrangement: str,
 ) -> torch.Tensor:
-    """x [..., K] times the dequantized matrix, outliers included, both in x's dtype."""
-    layout, spec = Mix64Layout(), MixSpec(bits, fraction_4bit, metadata_kind)
-    tensors = {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
-    if qweight.dim() == 3:
-        tensors = mix64_from_rows({"qweight": qweight, "scales2": metadata[0]}, spec, out_features)
+    """x [..., K] times the dequantized matrix, outliers included, both in x's dtype. arrangement: file, cpu or gpu."""
+    layout, tensors = Mix64Layout(), {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
+    if arrangement == "file":
+        tensors |= zip(layout.metadata[spec.metadata], metadata, strict=True)
+    elif arrangement == "cpu":
+        tensors = mix64_from_rows({**tensors, "scales2": metadata[0]}, spec, out_features)
     else:
-        tensors |= zip(layout.metadata[metadata_kind], metadata, strict=True)
+        blocks = x.shape[-1] // BLOCK
+        tensors = mix64_from_lanes({**tensors, "scales2": metadata[0]}, spec, out_features, blocks)
     tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
     return x @ layout.decode(tensors, spec, x.shape[-1]).dequantize(x.dtype).T
