@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from dense import STORIES, stories_model
+if not torch.cuda.is_available():  # Triton reads it when it is first imported, which transformers does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from dense import STORIES, stories_model  # noqa: E402
 
 torch.set_num_threads(1)  # the tests' matrices are tiny: a second thread is only waited for
 

@@ -30,7 +30,7 @@ CROSSING = 128  # not measured yet
 PROGRAMS = 4  # that a multiprocessor runs side by side; not measured yet
 LEAST_STEPS = 4  # along K that are worth a program of their own; not measured yet
 
-# tl.dot of the interpreter multiplies bfloat16's bits
+# the interpreter's tl.dot multiplies bfloat16's bits, and its casts to bfloat16 cut bits off
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TWO_TO_23 = tl.constexpr(0x4B000000)  # the float32 whose lowest bits count ones: or a code into it, and it is added
 
@@ -46,10 +46,20 @@ class Tile:
 
 TILES = {  # by bytes of x's dtype and whether there are at most MOST_DECODE_TOKENS
     (2, True): Tile(BM=16, BN=64, BK=128, warps=4, stages=4),
-    (2, False): Tile(BM=64, BN=64, BK=64, warps=4, stages=3),
+    (2, False): Tile(BM=64, BN=64, BK=128, warps=8, stages=3),
     (4, True): Tile(BM=16, BN=64, BK=64, warps=4, stages=3),
     (4, False): Tile(BM=32, BN=64, BK=64, warps=8, stages=2),
 }
+
+
+@triton.jit
+def _round(values, dtype: tl.constexpr):
+    """float32 to the nearest of dtype."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = values.to(tl.int32, bitcast=True)
+            values = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
+    return values.to(dtype)
 
 
 @triton.jit
@@ -80,7 +90,7 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
     line = tl.where(place < WIDE, block * WIDE + place, 2 * WIDE + (block * (4 - WIDE) + place - WIDE) // 2)
     live = row_tile * 16 < N
     words = tl.load(records + start[:, None] + (line * 32 + c % 4)[None, :], mask=live[:, None], other=0)
-    words = tl.broadcast_to(words[:, None, :, None], [BN // 2, 2, BK // 4, 4]).reshape([BN, BK])
+    words = tl.broadcast_to(words.reshape([BN // 2, 1, BK // 4, 1]), [BN // 2, 2, BK // 4, 4]).reshape([BN, BK])
 
     # codes [BN, BK]
     j, k = tl.arange(0, BN), tl.arange(0, BK)
@@ -135,7 +145,7 @@ def _gptq_weights(
         words = (high.to(tl.int64) << 32 | low.to(tl.int64) & 0xFFFFFFFF) >> (i % 2 * 16)[:, None]
     else:
         words = tl.load(qweight + i[:, None] * N + n[None, :], mask=live, other=0)
-    codes = words[:, None, :] >> (tl.arange(0, PER) * BITS)[None, :, None] & ((1 << BITS) - 1)
+    codes = words.reshape([BK // PER, 1, BN]) >> (tl.arange(0, PER) * BITS)[None, :, None] & ((1 << BITS) - 1)
 
     # scales and zeros [BK / STEP, BN]
     k = k0 + tl.arange(0, BK // STEP) * STEP
@@ -179,7 +189,7 @@ def _linear(
         w = _weights(qweight, scales, zeros, g_idx, n0, k0, N, K, group, BITS, ALIGNED, WIDE, BN, BK)
         k = k0 + tl.arange(0, BK)
         xs = tl.load(x + m[None, :] * K + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
-        w = w.to(xs.dtype)
+        w = _round(w, xs.dtype)
         if INTERPRETED:
             w, xs = w.to(tl.float32), xs.to(tl.float32)
         sums = tl.dot(w, xs, sums, input_precision="ieee")
@@ -188,14 +198,16 @@ def _linear(
         count = tl.load(outlier_rows + n + 1, mask=n < N, other=0) - start
         splits = tl.num_programs(2)
         at, end = start + count * split // splits, start + count * (split + 1) // splits
-        for i in tl.range(0, tl.max(end - at, 0)):
+        extra = tl.zeros([BN, BM], tl.float32)
+        for i in tl.range(0, tl.max(end - at, 0), loop_unroll_factor=64 // BM):
             live = at + i < end
             column = tl.load(outlier_columns + at + i, mask=live, other=0).to(tl.int32)
             value = tl.load(outlier_values + at + i, mask=live, other=0).to(tl.float32)
             xs = tl.load(x + m[None, :] * K + column[:, None], mask=live[:, None] & (m < M)[None, :], other=0)
-            sums += value[:, None] * xs.to(tl.float32)
+            extra += value[:, None] * xs.to(tl.float32)
+        sums += extra
     at = y + (split * M + m)[None, :] * N + n[:, None]
-    tl.store(at, sums.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    tl.store(at, _round(sums, y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit
@@ -205,7 +217,7 @@ def _sum(parts, y, size, splits, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.range(0, splits):
         total += tl.load(parts + split * size + i, mask=i < size, other=0)
-    tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
+    tl.store(y + i, _round(total, y.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -218,7 +230,7 @@ def _dequantize(
     n, k = _channels(n0, BN, WIDE), k0 + tl.arange(0, BK)
     w = _weights(qweight, scales, zeros, g_idx, n0, k0, N, K, group, BITS, ALIGNED, WIDE, BN, BK)
     at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(at, w.to(matrix.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+    tl.store(at, _round(w, matrix.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @dataclass(frozen=True)
