@@ -108,7 +108,7 @@ def check(
 def test_mix64(spec: MixSpec, outliers: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if outliers and 2 not in spec.widths:
         pytest.skip("outliers are in 2-bit strips")
-    check(*mix64(spec, 67, 190, outliers), dtype, (3, 17), monkeypatch)
+    check(*mix64(spec, 50, 190, outliers), dtype, (3, 17), monkeypatch)
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (5, 128), (130, 320)])
@@ -164,14 +164,9 @@ def test_shared_along_k(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPa
     """Programs that share a tile's channels and outliers: every one is counted, and the same bits come twice."""
     for multiply, W_KN in (mix64(MixSpec(), 19, 1216, 0.01), gptq(QuantSpec(4, 128), 24, 1152)):
         x, sums = random(m, len(W_KN), dtype), []
-        launch, grids = kernels._linear.__class__.__getitem__, []
-        with monkeypatch.context() as inner:
-            inner.setattr(kernels._linear.__class__, "__getitem__", lambda f, g: grids.append(g) or launch(f, g))
-            for processors in (132, 132, 1):
-                inner.setattr(kernels, "processors", lambda device, count=processors: count)
-                inner.setattr(kernels, "PROGRAMS", 1)
-                sums.append(multiply(x))
-        assert [grid[2] for grid in grids if len(grid) == 3] == ([2, 2, 1] if dtype.itemsize == 2 or m > 16 else [4, 4, 1])
+        for count in (3, 3, 1):
+            monkeypatch.setattr(kernels, "splits", lambda *_, count=count: count)
+            sums.append(multiply(x))
         assert torch.equal(sums[0], sums[1])
         torchs, exact = x @ W_KN.to(dtype), x.double() @ W_KN.double()
         for found in sums:
@@ -185,6 +180,7 @@ def test_how_many_share() -> None:
     assert kernels.splits(programs=1, steps=1, processors=132) == 1
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_activation_that_is_not_finite_stays_in_its_token(value: float) -> None:
     for multiply, W_KN in matrices():

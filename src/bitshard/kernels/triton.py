@@ -248,10 +248,10 @@ class Weights:
         cls, qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, bits: int
     ) -> Weights:
         (groups, n), k = scales.shape, qweight.shape[0] * 32 // bits
-        group = k // groups
+        group, tensors = k // groups, tuple(tensor.contiguous() for tensor in (qweight, scales, zeros))
         aligned = 1 if g_idx is not None else 128 if groups == 1 else gcd(group, 128)
         constants = {"BITS": bits, "ALIGNED": aligned, "WIDE": None}
-        return cls(n, k, (qweight, scales, zeros, g_idx, n, k, group), constants)
+        return cls(n, k, (*tensors, g_idx, n, k, group), constants)
 
     @classmethod
     def mix64(
