@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test test-slow lint install clean
+GPU_PYTHON ?= python3
+GPU_TESTS := tests/test_gpu.py tests/test_decode.py tests/test_triton.py tests/test_records.py
+GPU_RESULTS := benchmarks/results/kernels-gpu.json
+
+.PHONY: demo test test-slow gpu-check lint install clean
 
 install: $(VENV)/installed
 
@@ -28,6 +32,11 @@ test: install
 
 test-slow: $(VENV)/demo
 	$(BIN)/pytest -m slow
+
+# on a machine with an NVIDIA GPU: every kernel on it, then how fast; GPU_PYTHON's torch must see it. Under 8 minutes
+gpu-check:
+	PYTHONPATH=src timeout 240 $(GPU_PYTHON) -m pytest -q -W default $(GPU_TESTS)
+	PYTHONPATH=src timeout 220 $(GPU_PYTHON) -m bitshard bench kernels --device cuda --out $(GPU_RESULTS)
 
 lint: install
 	$(BIN)/ruff format --check src tests

@@ -40,11 +40,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(kernel: Any, types: dict[str, str | None], constants: dict[str, Any], card: int, warps: int) -> dict[str, int]:
+def build(
+    kernel: Any, types: dict[str, str | None], constants: dict[str, Any], card: int, warps: int
+) -> dict[str, int]:
     """types: of all arguments but constants, None for what is left out; pointers and sizes are aligned."""
     constants = {**constants, **{name: None for name, kind in types.items() if kind is None}}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name not in ("M", "splits")]
+    aligned = [
+        i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name not in ("M", "splits")
+    ]
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )

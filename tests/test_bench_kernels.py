@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bitshard import kernels as registry
 from bitshard.bench import ggml, kernels
 from bitshard.bench.kernels import KernelBench, bench_kernels
+from bitshard.bench.timing import cpu_seconds
 from bitshard.errors import BenchError, CheckpointError, SpecError
-from bitshard.kernels import why_not_arranged
+from bitshard.kernels import why_not_arranged, why_not_triton
+from bitshard.nn import PackedLinear
+from on_host import COMPILER, emulate
 
 pytestmark = pytest.mark.skipif(bool(why_not_arranged("cpu")), reason="the C kernels were not built")
 SMALL = KernelBench(((64, 256), (80, 192)), (1, 5), (1, 2), 3)
@@ -61,5 +66,35 @@ def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(CheckpointError, match="suffix '.txt'"):
         bench_kernels(SMALL, tmp_path / "k.txt")
     monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "install bitshard where there is a C compiler")
-    with pytest.raises(BenchError, match="no C kernels"):
+    with pytest.raises(BenchError, match="no kernels for cpu.*install bitshard where there is a C compiler"):
         bench_kernels(SMALL)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.skipif(bool(why_not_triton()), reason="no triton")
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every line of what a GPU runs, where none is: the kernels emulated and interpreted, one call for a graph."""
+
+    def arrange(linear: PackedLinear) -> None:
+        found = linear.arranged({name: p.data for name, p in linear.named_parameters(recurse=False)}, "cuda")
+        assert found is not None
+        linear.file_shape, linear.arrangement = linear.qweight.shape, "gpu"
+        linear.replace(**found)
+
+    emulate(monkeypatch)
+    monkeypatch.setattr(PackedLinear, "arrange", arrange)
+    monkeypatch.setattr(registry, "KERNELS", tuple(replace(k, missing=lambda: "") for k in registry.KERNELS))
+    monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "")
+    monkeypatch.setattr(kernels, "_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(kernels, "capture", lambda call: call)
+    monkeypatch.setattr(kernels, "cuda_seconds", cpu_seconds)
+    monkeypatch.setattr(kernels, "MOST_ELEMENTS", 1 << 10)
+    registry.choose.cache_clear()
+    with pytest.raises(BenchError, match="no GPU that torch sees"):
+        bench_kernels(KernelBench(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = bench_kernels(KernelBench(((64, 256),), (1, 3), (1,), 3, "cuda"), tmp_path / "k.json")
+    registry.choose.cache_clear()
+    decodes = ["mix64 decode", "mix64 decode, no ring", "mix64 decode, no prefetch of x"]
+    assert {row.kernel for row in report.rows} == {*decodes, "mix64 triton", "gptq 4-bit triton", "torch float16"}
+    assert len(report.rows) == 2 * 6 and all(row.error < 2e-3 for row in report.rows)

@@ -527,10 +527,11 @@ def bench_mlp(
 
 @bench_app.command("kernels")
 def bench_kernels(
-    shapes: Annotated[str, typer.Option(help="N x K of the matrices.")] = "4096x4096,4096x11008,8192x28672",
-    tokens: Annotated[str, typer.Option(help="M: rows of the input, separated by commas.")] = "1,8,16,32,512",
+    shapes: Annotated[str, typer.Option(help="N x K of the matrices; none: those of 7B and 70B models.")] = "",
+    tokens: Annotated[str, typer.Option(help="M: rows of the input, separated by commas; none: 1 to 512.")] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
     repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write this .json, and a .png beside it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -539,10 +540,11 @@ def bench_kernels(
     from bitshard.bench.kernels import bench_kernels as run
 
     sizes = []
-    for shape in shapes.split(","):
+    for shape in filter(None, shapes.split(",")):
         n, _, k = shape.partition("x")
         sizes.append((_numbers("--shapes", n)[0], _numbers("--shapes", k)[0]))
-    config = KernelBench(tuple(sizes), _numbers("--tokens", tokens), _numbers("--threads", threads), repetitions)
+    numbers = _numbers("--tokens", tokens) if tokens else ()
+    config = KernelBench(tuple(sizes), numbers, _numbers("--threads", threads), repetitions, device)
     report = run(config, out, _progress)
     _emit(report.to_dict(), as_json, report.render())
 

@@ -1,12 +1,13 @@
 """`bench kernels`: one matrix times M tokens, every kernel beside what a user would pick instead, and the two floors.
 
 A case's kernels run in turn within one loop. Each has as many copies of its matrix as fill `STREAMED` bytes and takes
-the next one every time, so that weights come from memory, as they do in a model, and not from a cache.
+the next one every time, so that weights come from memory, as they do in a model, and not from a cache. On a GPU one
+pass over all copies is a CUDA graph, so that Python and launches do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,31 +21,46 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from bitshard.bench import ggml, report
-from bitshard.bench.timing import Call, Times, cpu_seconds
+from bitshard.bench.timing import Call, Times, capture, cpu_seconds, cuda_seconds
 from bitshard.errors import BenchError, SpecError
-from bitshard.kernels import why_not_arranged
+from bitshard.kernels import decode, why_not_arranged
 from bitshard.kernels.reference import dequantize
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
 from bitshard.progress import Progress, silent
 from bitshard.spec import BLOCK, MixSpec, QuantSpec
 
+CPU = torch.device("cpu")
 STREAMED = 256 << 20  # bytes: eight times this machine's largest cache
 MOST_COPIES = 64
+MOST_ELEMENTS = 256 << 20  # float32, that are copied on a GPU; its product has as many entries
 CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
-MOST_ERROR = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02}  # relative, by what rounds activations
+MOST_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02}  # by what is rounded
+SHAPES = {  # (N, K) of one matrix: 7B and 70B models' on a GPU
+    "cpu": ((4096, 4096), (4096, 11008), (8192, 28672)),
+    "cuda": ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)),
+}
+TOKENS = {"cpu": (1, 8, 16, 32, 512), "cuda": (1, 2, 4, 8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
 class KernelBench:
-    """What to measure. shapes: (N, K), K whole blocks of 64. tokens: M. threads: of torch, and of ggml's own pool."""
+    """What to measure. shapes: (N, K), K whole blocks of 64. tokens: M. threads: of torch, and of ggml's own pool.
 
-    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 11008), (8192, 28672))
-    tokens: tuple[int, ...] = (1, 8, 16, 32, 512)
+    device: cpu, or cuda, where threads do not matter. No shapes or tokens: the device's own.
+    """
+
+    shapes: tuple[tuple[int, int], ...] = ()
+    tokens: tuple[int, ...] = ()
     threads: tuple[int, ...] = (1,)
     repetitions: int = 15
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device not in SHAPES:
+            raise SpecError("device", repr(self.device), " or ".join(SHAPES), "choose one of them")
+        object.__setattr__(self, "shapes", self.shapes or SHAPES[self.device])
+        object.__setattr__(self, "tokens", self.tokens or TOKENS[self.device])
         for n, k in self.shapes:
             if n < 16 or k < BLOCK or k % BLOCK:
                 raise SpecError("shapes", f"{n}x{k}", f"16 or more rows, columns in blocks of {BLOCK}", "choose others")
@@ -57,7 +73,10 @@ class KernelBench:
 
 @dataclass(frozen=True)
 class Floors:
-    """Of this machine, measured in the same run: bytes a second read from memory, float32 operations a second."""
+    """Of this machine, measured in the same run: bytes a second that memory gives, operations a second.
+
+    On a processor of a sum and of a float32 product, on a GPU of a copy, read and written, and of a float16 product.
+    """
 
     bytes_per_second: float
     flops: float
@@ -144,21 +163,24 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
     """Check, then time, and write `out` (.json, and .png beside it) if given. Raises BenchError for a wrong output."""
     if out is not None:
         report.require_json_path(out)
-    if why := why_not_arranged("cpu"):
-        raise BenchError("bench kernels", "no C kernels", "a build that has them", why)
-    header, threads_before, rows = report.header("cpu"), torch.get_num_threads(), []
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("bench kernels", "no GPU that torch sees", "an NVIDIA GPU", "use --device cpu")
+    if why := why_not_arranged(config.device):
+        raise BenchError("bench kernels", f"no kernels for {config.device}", "a machine that has them", why)
+    header, threads_before, rows = report.header(config.device), torch.get_num_threads(), []
+    contend, measure, find_floors = _OF_DEVICE[config.device]
     cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
     floors: dict[int, Floors] = {}
     try:
         for threads in config.threads:
             torch.set_num_threads(threads)
-            floors[threads] = _floors()
+            floors[threads] = find_floors()
         contenders: dict[tuple[int, int], list[_Contender]] = {}
         for shape, m, threads in progress(cases, "measuring"):
             torch.set_num_threads(threads)
             if shape not in contenders:
-                contenders = {shape: _contenders(*shape)}  # one shape's weights in memory
-            rows += _measure(contenders[shape], shape, m, threads, config.repetitions)
+                contenders = {shape: contend(*shape)}  # one shape's weights in memory
+            rows += _measure(contenders[shape], shape, m, threads, config, measure)
     finally:
         torch.set_num_threads(threads_before)
     header["load_after"] = report.load()
@@ -190,6 +212,7 @@ class _Contender:
 
 
 def _contenders(n: int, k: int) -> list[_Contender]:
+    """Of a processor."""
     found = []
     for name, (linear, W_RK) in (("mix64", _random_mix64(n, k)), ("gptq 4-bit", _random_gptq(n, k))):
         nbytes = sum(p.nbytes for p in linear.parameters())
@@ -209,19 +232,54 @@ def _contenders(n: int, k: int) -> list[_Contender]:
     return found
 
 
+def _gpu_contenders(n: int, k: int) -> list[_Contender]:
+    """Each kernel, the decode kernel with each asynchronous part switched off, and what torch does in float16."""
+    found, device = [], _gpu()
+    (mixed, mixed_RK), (gptq, gptq_RK) = _random_mix64(n, k, device), _random_gptq(n, k, device)
+    for name, linear, W_RK, backends in (
+        ("mix64", mixed, mixed_RK, ("decode", "triton")),
+        ("gptq 4-bit", gptq, gptq_RK, ("triton",)),
+    ):
+        nbytes = sum(p.nbytes for p in linear.parameters())
+        copies = [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
+        for backend in backends:
+            found.append(_Contender(f"{name} {backend}", "float16", nbytes, W_RK, partial(_packed, copies, backend)))
+        if "decode" in backends:
+            for what, how in (("no ring", {"stages": 1}), ("no prefetch of x", {"prefetch": 0})):
+                found.append(
+                    _Contender(f"{name} decode, {what}", "float16", nbytes, W_RK, partial(_decode, copies, how))
+                )
+    weight = torch.randn(n, k, dtype=torch.float16, device=device)
+    dense = [weight, *(weight.clone() for _ in range(_more(weight.nbytes)))]
+    rows = weight[:CHECKED_ROWS].float()
+    found.append(_Contender("torch float16", "float16", weight.nbytes, rows, partial(_dense, dense)))
+    return found
+
+
+def _gpu() -> torch.device:
+    return torch.device("cuda")
+
+
 def _more(nbytes: int) -> int:
     return min(STREAMED // nbytes, MOST_COPIES - 1)
 
 
 def _measure(
-    contenders: list[_Contender], shape: tuple[int, int], m: int, threads: int, repetitions: int
+    contenders: list[_Contender],
+    shape: tuple[int, int],
+    m: int,
+    threads: int,
+    config: KernelBench,
+    measure: Callable[[list[list[Call]], int], list[list[float]]],
 ) -> list[KernelRow]:
     (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
-    errors, calls = list[float](), list[Iterator[Call]]()
+    if config.device == "cuda":
+        x_MK = x_MK.half().to(_gpu())
+    errors, calls = list[float](), list[list[Call]]()
     for contender in contenders:
         copies, output = contender.prepare(x_MK, threads)
         copies[0]()
-        exact_MR, found_MR = x_MK @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
+        exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
         error = float((found_MR - exact_MR).norm() / exact_MR.norm())
         if not error <= MOST_ERROR[contender.rounds]:
             where, allowed = f"{contender.name}, {n}x{k}, M={m}", f"{MOST_ERROR[contender.rounds]:g} at most"
@@ -229,14 +287,53 @@ def _measure(
         errors.append(error)
         # two kernels may share copies: one must not find in a cache what the other has just read
         start = len(calls) * len(copies) // len(contenders)
-        calls.append(cycle([*copies[start:], *copies[:start]]))
-    taken = [[cpu_seconds(next(call)) * 1e3 for call in calls] for _ in range(repetitions + 1)][1:]
+        calls.append([*copies[start:], *copies[:start]])
     rows = []
-    for contender, error, own in zip(contenders, errors, zip(*taken, strict=True), strict=True):
+    for contender, error, own in zip(contenders, errors, measure(calls, config.repetitions), strict=True):
         tenths = quantiles(own, n=10, method="inclusive")
         times = Times(median(own), tenths[0], tenths[-1])
         rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, times))
     return rows
+
+
+def _processor_times(calls: list[list[Call]], repetitions: int) -> list[list[float]]:
+    """Milliseconds of each contender's calls, one by one in turn."""
+    turns = [cycle(own) for own in calls]
+    taken = [[cpu_seconds(next(turn)) * 1e3 for turn in turns] for _ in range(repetitions + 1)][1:]
+    return [list(own) for own in zip(*taken, strict=True)]
+
+
+def _gpu_times(calls: list[list[Call]], repetitions: int) -> list[list[float]]:
+    """Milliseconds of a call of each contender: passes over all its copies, in turn, divided by their number."""
+    passes = [capture(partial(_call_all, own)) for own in calls]
+    taken = [[cuda_seconds(each) * 1e3 for each in passes] for _ in range(repetitions + 1)][1:]
+    return [
+        [seconds / len(own) for seconds in times] for own, times in zip(calls, zip(*taken, strict=True), strict=True)
+    ]
+
+
+def _call_all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _gpu_floors() -> Floors:
+    side = int(MOST_ELEMENTS**0.5)
+    source, square = torch.ones(MOST_ELEMENTS, device=_gpu()), torch.randn(side, side, device=_gpu()).half()
+    target = torch.empty_like(source)
+    copy = min(cuda_seconds(lambda: target.copy_(source)) for _ in range(10))
+    multiply = min(cuda_seconds(lambda: square @ square) for _ in range(10))
+    return Floors(2 * source.nbytes / copy, 2 * side**3 / multiply)
+
+
+def _decode(copies: Sequence[PackedLinear], how: dict[str, int], x_MK: torch.Tensor, threads: int) -> Any:
+    """The decode kernel as a variant that the layer never asks for."""
+
+    def multiply(linear: PackedLinear) -> torch.Tensor:
+        scales2 = linear.get_parameter("scales2")
+        return decode.mix64_linear(x_MK, linear.qweight, scales2, (), linear.rows, MixSpec().widths.count(4), **how)
+
+    return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
 
 
 def _packed(copies: Sequence[PackedLinear], backend: str, x_MK: torch.Tensor, threads: int) -> Any:
@@ -258,21 +355,21 @@ def _ggml(linear: ggml.Q2Linear, x_MK: torch.Tensor, threads: int) -> Any:
     return calls, lambda: y_MN
 
 
-def _random_mix64(n: int, k: int) -> tuple[Mix64Linear, torch.Tensor]:
+def _random_mix64(n: int, k: int, device: torch.device = CPU) -> tuple[Mix64Linear, torch.Tensor]:
     """A layer of random codes of the default spec, and its first rows."""
-    spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator().manual_seed(0)
+    spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator(device).manual_seed(0)
     blocks, tiles = spec.blocks(k), spec.tiles(n)
 
     def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         bounds = torch.iinfo(dtype)
-        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator)
+        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator, device=device)
 
     tensors = {
         "qweight": integers(torch.int32, n, 4 * blocks),
         "qextra": integers(torch.int32, n, blocks * spec.extra_words),
         "qscales": integers(torch.int16, n, blocks),
         "qzeros": integers(torch.uint8, n, blocks),
-        "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator) * 1e-3).half(),
+        "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator, device=device) * 1e-3).half(),
     }
     linear = Mix64Linear(k, n, spec)
     linear.replace(**tensors)
@@ -281,17 +378,26 @@ def _random_mix64(n: int, k: int) -> tuple[Mix64Linear, torch.Tensor]:
     return linear, layout.decode(rows, spec, k).dequantize()
 
 
-def _random_gptq(n: int, k: int) -> tuple[QuantLinear, torch.Tensor]:
+def _random_gptq(n: int, k: int, device: torch.device = CPU) -> tuple[QuantLinear, torch.Tensor]:
     group_size = 128 if k % 128 == 0 else 64
-    spec, generator = QuantSpec(4, group_size), torch.Generator().manual_seed(0)
+    spec, generator = QuantSpec(4, group_size), torch.Generator(device).manual_seed(0)
     words, groups = k * spec.bits // 32, k // group_size
     linear = QuantLinear(k, n, spec, GptqLayout(2), False, torch.float32)
     linear.g_idx = None
+    words_CN = torch.randint(
+        -(1 << 31), (1 << 31) - 1, (words, n), dtype=torch.int32, generator=generator, device=device
+    )
     linear.replace(
-        qweight=torch.randint(-(1 << 31), (1 << 31) - 1, (words, n), dtype=torch.int32, generator=generator),
-        qzeros=torch.full((groups, n * spec.bits // 32), -0x77777778, dtype=torch.int32),  # 8 in every field
-        scales=torch.rand(groups, n, generator=generator) * 1e-2,
+        qweight=words_CN,
+        qzeros=torch.full((groups, n * spec.bits // 32), -0x77777778, dtype=torch.int32, device=device),  # 8 everywhere
+        scales=torch.rand(groups, n, generator=generator, device=device) * 1e-2,
     )
     W_KN = dequantize(linear.qweight, linear.scales, linear.qzeros, None, spec.bits, 2, torch.float32)
     linear.arrange()
     return linear, W_KN[:, :CHECKED_ROWS].T.contiguous()
+
+
+_OF_DEVICE = {
+    "cpu": (_contenders, _processor_times, _floors),
+    "cuda": (_gpu_contenders, _gpu_times, _gpu_floors),
+}

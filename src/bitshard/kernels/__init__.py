@@ -131,7 +131,7 @@ def _(
     if kernel == "triton":
         from bitshard.kernels import triton
 
-        return triton.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits)
+        return triton.gptq_linear(x, qweight, scales, qzeros, g_idx, bits)
     return cpu.gptq_linear(x, qweight, scales, qzeros, out_features, bits, kernel == "cpu-int8")
 
 

@@ -6,7 +6,7 @@ NVRTC, which comes with torch, compiles it when it is first used: a variant for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,19 @@ def mix64_linear(
     outliers: Sequence[torch.Tensor],
     out_features: int,
     wide: int,
+    **how: int,
 ) -> torch.Tensor:
-    """x [..., K] float16 or bfloat16, K whole blocks of 64, tensors from `records.mix64_lanes` -> [..., N]."""
+    """x [..., K] float16 or bfloat16, K whole blocks of 64, tensors from `records.mix64_lanes` -> [..., N].
+
+    how: fields of Variant that are to be otherwise.
+    """
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
     if x_MK.data_ptr() % 8:
         x_MK = x_MK.clone()
     tokens, k = x_MK.shape
     y_MN = x_MK.new_empty(tokens, out_features)
     if tokens:
-        variant = Variant.of(wide, tokens, x.dtype)
+        variant = replace(Variant.of(wide, tokens, x.dtype), **how)
         blocks = grid(variant, tokens, out_features, k, _multiprocessors(x.device))
         launch(_compiled(variant, x.device), variant, blocks, x_MK, y_MN, records, scales2, outliers)
     return y_MN.view(*x.shape[:-1], out_features)

@@ -291,9 +291,7 @@ def dequantize(weights: Weights, dtype: torch.dtype) -> torch.Tensor:
     matrix = weights.tensors[0].new_empty(weights.n, weights.k, dtype=dtype)
     grid = triton.cdiv(weights.n, tile.BN), triton.cdiv(weights.k, tile.BK)
     with torch.cuda.device_of(matrix):
-        _dequantize[grid](
-            matrix, *weights.tensors, **weights.constants, BN=tile.BN, BK=tile.BK, num_warps=tile.warps
-        )
+        _dequantize[grid](matrix, *weights.tensors, **weights.constants, BN=tile.BN, BK=tile.BK, num_warps=tile.warps)
     if weights.outliers:
         starts, columns, values = weights.outliers
         rows = torch.arange(weights.n, device=starts.device)
