@@ -16,6 +16,7 @@ from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu, decode
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit
 from bitshard.quantized import QuantizedWeight
+from bitshard.records import read_by_kernels
 from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
 from factory import random_mixed_weight
 
@@ -267,3 +268,16 @@ def test_one_thread_pool() -> None:
     code = "from bitshard.kernels import cpu; cpu.library(); print(open('/proc/self/maps').read())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert len({line.split()[-1] for line in found.splitlines() if "libgomp" in line}) == 1
+
+
+def test_what_kernels_read_is_known_without_the_weights() -> None:
+    specs = [QuantSpec(bits, group_size) for bits in (2, 3, 4, 8) for group_size in (8, 16, 32, -1)]
+    for linear, _ in (
+        *(gptq(spec, 64, 96) for spec in specs),
+        *(mixed(MixSpec(bits, 0.0), 16, 64, 0.0) for bits in (2, 3, 4, 8)),
+        mixed(MixSpec(2, 0.25, "paper"), 16, 64, 0.0),
+    ):
+        assert isinstance(linear, QuantLinear | Mix64Linear)
+        linear.arrange()
+        known = read_by_kernels(linear.spec, linear.in_features, "cpu")
+        assert (linear.arrangement == "cpu") == known == (linear.kernel(torch.float32, 1) != "reference")

@@ -179,6 +179,7 @@ def test_bytes_per_rank_are_those_of_the_file(tmp_path: Path, spec: MixSpec) -> 
     assert checkpoint.plan().bytes_per_rank(1) == sum(found)
     inspected = json.loads(bitshard("inspect", tmp_path / "in", "--json").stdout)
     assert [m["bytes"] for m in inspected["matrices"]] and sum(m["bytes"] for m in inspected["matrices"]) == sum(found)
+    assert {m["kernel"] for m in inspected["matrices"]} <= {"cpu-int8", "reference"}
 
 
 def test_a_rank_holds_half(tmp_path: Path) -> None:

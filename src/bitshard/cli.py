@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -300,9 +301,22 @@ def inspect(
         **({"order": report.matrices[0].order} if len({m.order for m in report.matrices}) == 1 else {}),
         **({"outliers": f"{report.outlier_share:.3%} of the weights"} if report.outlier_share else {}),
         "legal TP degrees": ", ".join(map(str, report.degrees)),
+        "kernels, one token": _kernels(report),
         **{f"from: {k}": _settings(v) if isinstance(v, dict) else v for k, v in report.provenance.items()},
     }
     _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
+
+
+def _kernels(report: Inspection) -> str:
+    """Which run on this machine, and why plain torch where it does."""
+    import torch
+
+    from bitshard.kernels import READ, why_not_arranged
+
+    counts = Counter(m.kernel for m in report.matrices)
+    found = ", ".join(counts) if len(counts) == 1 else ", ".join(f"{name} for {n}" for name, n in counts.items())
+    why = why_not_arranged("cuda" if torch.cuda.is_available() else "cpu") or READ
+    return f"{found}: {why}" if "reference" in counts else found
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -317,7 +331,7 @@ def _matrix_table(report: Inspection, every: bool) -> Table:
         "average": [m.average_bits for m in report.matrices],
         "outliers": [m.outliers or None for m in report.matrices],
         "error": [m.error for m in report.matrices],
-        "4-bit share": [m.share_4bit for m in report.matrices],
+        "in 4-bit": [m.share_4bit for m in report.matrices],
     }
     shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     ordered = all(m.order == report.matrices[0].order for m in report.matrices)

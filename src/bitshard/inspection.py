@@ -9,9 +9,13 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitshard.checkpoint import REPORT, Checkpoint, read_json, reason
 from bitshard.errors import CheckpointError, FormatError
+from bitshard.kernels import Arrangement, choose, why_not_arranged
 from bitshard.layout import FORMAT_VERSION, GptqLayout
+from bitshard.records import read_by_kernels
 from bitshard.spec import MixSpec, QuantSpec
 
 
@@ -21,7 +25,7 @@ class MatrixInfo:
 
     order: "in order" (consecutive groups), "by g_idx" or "by strip_order". outliers: how many. error and share_4bit,
     where quantizing left them: output error relative to the output, and the share of the Hessian-weighted error that
-    would be in the 4-bit strips.
+    would be in the 4-bit strips. kernel: what multiplies it by one token here.
     """
 
     name: str
@@ -34,6 +38,7 @@ class MatrixInfo:
     outliers: int
     error: float | None
     share_4bit: float | None
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,16 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
         outliers=by_suffix.get("outlier_values", [0])[0],
         error=solved["error"],
         share_4bit=solved["share_4bit"],
+        kernel=_kernel(layout.name, spec, k),
     )
+
+
+def _kernel(layout: str, spec: QuantSpec | MixSpec, in_features: int) -> str:
+    """What `generate` takes, in its dtype on this machine."""
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    arranged = not why_not_arranged(device) and read_by_kernels(spec, in_features, device)
+    arrangement: Arrangement = "file" if not arranged else "gpu" if device == "cuda" else "cpu"
+    return choose(layout, arrangement, dtype, 1, "auto")
 
 
 PANELS = {

@@ -26,7 +26,7 @@ def gptq_rows(
     32 for 3 bits).
     """
     groups, k = tensors["scales"].shape[0], tensors["qweight"].shape[0] * WORD_BITS // spec.bits
-    if "g_idx" in tensors or (k // groups) % (2 * STRIP if spec.bits == 3 else STRIP):
+    if "g_idx" in tensors or not whole_strips(spec, k // groups):
         return None
     zeros_GN = tensors["qzeros"]
     if zeros_GN.dtype != torch.uint8:
@@ -62,6 +62,17 @@ def mix64_from_rows(tensors: Mapping[str, torch.Tensor], spec: MixSpec, rows: in
             own = part.contiguous().view(Mix64Layout.dtypes[suffix])
             found[suffix] = ungroup_rows(own.view(len(own), -1, ROWS), rows)
     return {**tensors, **found}
+
+
+def read_by_kernels(spec: QuantSpec | MixSpec, in_features: int, device: str) -> bool:
+    """Whether a kernel of the device beside the reference reads a whole matrix of this kind."""
+    if isinstance(spec, MixSpec):
+        return plain(spec)
+    return device == "cuda" or whole_strips(spec, spec.group(in_features))
+
+
+def whole_strips(spec: QuantSpec, group: int) -> bool:
+    return group % (2 * STRIP if spec.bits == 3 else STRIP) == 0
 
 
 def plain(spec: MixSpec) -> bool:

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
-from bitshard.kernels import require_backend, why_not_arranged
+from bitshard.kernels import READ, require_backend, why_not_arranged
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
@@ -265,7 +265,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 slow += [name] * (linear.kernel(self.dtype, tokens=1) == "reference")
                 device = linear.qweight.device.type
         if slow:
-            why = why_not_arranged(device) or "kernels read 2- and 4-bit strips, and GPTQ groups of whole strips of 16"
+            why = why_not_arranged(device) or READ
             logger.warning("plain torch runs %d of %d matrices, %s first: %s", len(slow), len(names), slow[0], why)
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))

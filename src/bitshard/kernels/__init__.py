@@ -61,6 +61,7 @@ KERNELS = (  # in order of preference
     Kernel("triton", ("gpu",), why_not_triton),
     Kernel("reference", ("file", "cpu", "gpu"), lambda: ""),
 )
+READ = "kernels read 2- and 4-bit strips, and GPTQ groups of whole strips of 16"  # beside the reference
 BACKENDS = ("exact", "auto", *(kernel.name for kernel in KERNELS))
 
 torch.library.define(
