@@ -11,7 +11,7 @@ LAYERS = (
     ("spec",),
     ("bitpack", "mixed", "models", "quantized"),
     ("plan", "reorder", "layout"),
-    ("quantconfig",),
+    ("quantconfig", "records"),
     ("edit", "checkpoint", "sources", "solver", "kernels", "parallel"),
     ("nn", "writer", "inspection", "planning"),
     ("blockwise", "convert"),
@@ -33,6 +33,7 @@ ENGINES = {
     "lm_eval": {"evaluate"},
     "typer": {"cli"},
     "matplotlib": {"bench", "demo", "inspection"},
+    "triton": {"kernels"},
 }
 
 
