@@ -123,13 +123,12 @@ __device__ __forceinline__ void fragments(unsigned (&a)[4], const unsigned* word
 // units of what the tensor core sees as codes. Two strips at a time, side by side in a word.
 __device__ __forceinline__ void expand_scales(float2* pairs, const uint4* stage, int lane) {
     const int row = lane % ROWS, block = lane / ROWS, larger = row < 8 ? 0 : 2;
-    const u16* scale_codes = (const u16*)((const unsigned*)stage + WORDS) + block * ROWS;
-    const u8* zero_codes = (const u8*)(scale_codes - block * ROWS + 2 * ROWS) + block * ROWS;
-    const uint4 second = stage[RECORD + block];  // step and offset of four strips
+    const u8* metadata = (const u8*)stage + WORDS * 4;  // a scale code's two bytes and a zero code's one for every lane
+    const uint4 second = *(const uint4*)((const u8*)stage + RECORD * 16 + 16 * block);  // step and offset of four strips
     const unsigned steps[2] = {low_halves(second.x, second.y), low_halves(second.z, second.w)};
     const unsigned offsets[2] = {high_halves(second.x, second.y), high_halves(second.z, second.w)};
-    const unsigned codes = scale_codes[row], apart = codes | codes << 12;             // strips 0, 2 | 1, 3
-    const unsigned zeros = (unsigned)zero_codes[row] << larger, zeros_apart = zeros | zeros << 14;
+    const unsigned codes = *(const u16*)(metadata + 2 * lane), apart = codes | codes << 12;             // strips 0, 2 | 1, 3
+    const unsigned zeros = (unsigned)metadata[2 * 32 + lane] << larger, zeros_apart = zeros | zeros << 14;
     float2* own = pairs + block * 4 * ROWS + row;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -163,16 +162,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
         source_step[c] = stride * length;
     }
     const unsigned ring_address = address_of(ring + lane);
-    int filling = start, fill_at = 0, read_at = 0;
-    const auto next_stage = [](int at) { return at >= (STAGES - 1) * STAGE ? at - (STAGES - 1) * STAGE : at + STAGE; };
+    int filling = start, at = 0;  // of the stage that is filled next, which is the one that was filled first
     const auto fill = [&]() {
 #pragma unroll
         for (int c = 0; c < COPIES; c++) {
-            if (filling < count && lane + 32 * c < STAGE) copy_async(ring_address + 16 * (fill_at + 32 * c), source[c]);
+            if (filling < count && lane + 32 * c < STAGE) copy_async(ring_address + 16 * (at + 32 * c), source[c]);
             source[c] += source_step[c];
         }
         commit();
-        filling += stride, fill_at = next_stage(fill_at);
+        filling += stride, at = at < (STAGES - 1) * STAGE ? at + STAGE : 0;
     };
 
     // x of a lane: four channels of token g % COLUMNS, in the strip that this column of each product stands for
@@ -203,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
     for (int i = 0; i < STAGES - 1; i++) fill();
     if (PREFETCH) read_x(x_now);
     float sums[TILES][4] = {};
-    for (int record = start; record < count; record += stride, read_at = next_stage(read_at)) {
+    for (int record = start; record < count; record += stride) {
         __syncwarp();  // everybody has read what is overwritten now
         fill();
         wait<STAGES - 1>();
@@ -213,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
         } else {
             read_x(x_now);
         }
-        const uint4* stage = ring + read_at;
+        const uint4* stage = ring + at;
         expand_scales(pairs, stage, lane);
         __syncwarp();
         const unsigned* words = (const unsigned*)stage + lane;
