@@ -1,6 +1,9 @@
 """Every Triton kernel compiled for GPUs that need not be there; prints as JSON what each compiled to.
 
-Run as a program, and without TRITON_INTERPRET: a kernel is one or the other from the moment it is decorated.
+    TRITON_DEFAULT_FP_FUSION=1 python tests/aot.py [part of a name ...] > tests/golden/triton.json
+
+Without TRITON_INTERPRET: a kernel is one or the other from the moment it is decorated. `per_weight` is the number of
+lane instructions for a weight in the loop along K.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +34,11 @@ COUNTED = {
     "loads_128": r"LDG\.\S*128",
     "mma": r"HMMA|HGMMA",
     "wgmma": r"HGMMA",
-    "stores_to_stack": r"STL",
 }
 MIX64 = {"BITS": None, "ALIGNED": None}
 LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"mix64-{wide}": {**MIX64, "WIDE": wide} for wide in (0, 1, 2, 4)},
+    **{f"mix64-{wide}-outliers": {**MIX64, "WIDE": wide} for wide in (0, 1, 2)},
     **{f"gptq-{bits}": {"BITS": bits, "ALIGNED": 128, "WIDE": None} for bits in (2, 3, 4, 8)},
     "gptq-4-group-32": {"BITS": 4, "ALIGNED": 32, "WIDE": None},
     "gptq-4-irregular": {"BITS": 4, "ALIGNED": 1, "WIDE": None},
@@ -42,13 +47,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def build(
     kernel: Any, types: dict[str, str | None], constants: dict[str, Any], card: int, warps: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """types: of all arguments but constants, None for what is left out; pointers and sizes are aligned."""
     constants = {**constants, **{name: None for name, kind in types.items() if kind is None}}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = [
-        i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name not in ("M", "splits")
-    ]
+    odd = {"M", "splits", *(name for name in signature if signature[name] == "constexpr")}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in odd]
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
@@ -60,14 +64,31 @@ def build(
             subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
+    lines = re.findall(r"^(\.L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "registers": int(used["REG"]),
         "local": int(used["STACK"]) + int(used["LOCAL"]),
         "shared": built.metadata.shared,
-        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]+\*/", sass, re.M)),
+        "loop": loop(lines),
         **{name: len(re.findall(rf"\b(?:{pattern})", sass)) for name, pattern in COUNTED.items()},
     }
+
+
+def loop(lines: list[tuple[str, str]]) -> int:
+    """Instructions from a label to a jump back to it, with asynchronous loads among them; 0 if none."""
+    labels, seen, longest = {}, [], 0
+    for label, instruction in lines:
+        if label:
+            labels[label] = len(seen)
+            continue
+        seen.append(instruction)
+        target = re.search(r"BRA.*\((\.L_x_\d+)\)", instruction)
+        if target and target[1] in labels:
+            body = seen[labels[target[1]] :]
+            if any("LDGSTS" in line for line in body):
+                longest = max(longest, len(body))
+    return longest
 
 
 def weights(layout: str) -> dict[str, str | None]:
@@ -77,33 +98,36 @@ def weights(layout: str) -> dict[str, str | None]:
     return types | {"N": "i32", "K": "i32", "group": "i32"}
 
 
-def linear(layout: str, dtype: str, tile: Tile, card: int) -> dict[str, int]:
-    outliers = (None, None, None) if layout.startswith("gptq") else ("*i32", "*u16", "*fp16")
+def linear(layout: str, dtype: str, tile: Tile, card: int) -> dict[str, Any]:
+    outliers = ("*i32", "*u16", "*fp16") if layout.endswith("outliers") else (None, None, None)
     names = "outlier_rows", "outlier_columns", "outlier_values"
     types = {"x": f"*{dtype}", "y": "*fp32", **dict(zip(names, outliers, strict=True)), "M": "i32", "split_K": "i32"}
     sizes = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "STAGES": tile.stages}
-    return build(_linear, {**types, **weights(layout)}, {**LAYOUTS[layout], **sizes}, card, tile.warps)
+    found = build(_linear, {**types, **weights(layout)}, {**LAYOUTS[layout], **sizes}, card, tile.warps)
+    return {**found, "per_weight": round(found["loop"] * 32 * tile.warps / (tile.BN * tile.BK), 1)}
 
 
-def compiled() -> Iterator[tuple[str, dict[str, int]]]:
-    for card in CARDS:
-        for dtype, size in DTYPES.items():
-            for layout in LAYOUTS:
-                for decode in (True, False):
-                    name = f"sm_{card} {dtype} {layout} {'decode' if decode else 'prefill'}"
-                    yield name, linear(layout, dtype, TILES[size, decode], card)
-                tile = TILES[size, True]
-                types = {"matrix": f"*{dtype}", **weights(layout)}
-                sizes = {"BN": tile.BN, "BK": tile.BK}
-                built = build(_dequantize, types, {**LAYOUTS[layout], **sizes}, card, tile.warps)
-                yield f"sm_{card} {dtype} {layout} dequantize", built
-            types = {"parts": "*fp32", "y": f"*{dtype}", "size": "i32", "splits": "i32"}
-            yield f"sm_{card} {dtype} sum", build(_sum, types, {"BLOCK": 1024}, card, 4)
+def dequantize(layout: str, dtype: str, tile: Tile, card: int) -> dict[str, Any]:
+    types, sizes = {"matrix": f"*{dtype}", **weights(layout)}, {"BN": tile.BN, "BK": tile.BK}
+    return build(_dequantize, types, {**LAYOUTS[layout], **sizes}, card, tile.warps)
+
+
+def jobs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names and what compiles them; bfloat16 is float16 but for a conversion, so two layouts stand for all."""
+    for card, (dtype, size) in product(CARDS, DTYPES.items()):
+        start = f"sm_{card} {dtype}"
+        for layout in ("mix64-1", "gptq-4") if dtype == "bf16" else LAYOUTS:
+            decode, prefill = TILES[size, True], TILES[size, False]
+            yield f"{start} {layout} decode", partial(linear, layout, dtype, decode, card)
+            yield f"{start} {layout} prefill", partial(linear, layout, dtype, prefill, card)
+            if not layout.endswith("outliers"):
+                yield f"{start} {layout} dequantize", partial(dequantize, layout, dtype, decode, card)
+        types = {"parts": "*fp32", "y": f"*{dtype}", "size": "i32", "splits": "i32"}
+        yield f"{start} sum", partial(build, _sum, types, {"BLOCK": 1024}, card, 4)
 
 
 if __name__ == "__main__":
-    found = {}
-    for name, facts in compiled():
-        print(name, facts, file=sys.stderr, flush=True)
-        found[name] = facts
-    print(json.dumps({"triton": triton.__version__, "kernels": found}))
+    asked = sys.argv[1:]
+    found = {name: job() for name, job in jobs() if not asked or any(part in name for part in asked)}
+    lines = (f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in found.items())
+    print("{", ",\n".join(lines), "}", sep="\n")

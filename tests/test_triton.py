@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -102,16 +101,16 @@ def check(
     assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outliers", [0.0, 0.05])
-@pytest.mark.parametrize("spec", FRACTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "outliers"),
+    [(spec, share) for spec in FRACTIONS for share in (0.0, 0.05) if 2 in spec.widths or not share],
+)
 def test_mix64(spec: MixSpec, outliers: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if outliers and 2 not in spec.widths:
-        pytest.skip("outliers are in 2-bit strips")
     check(*mix64(spec, 50, 190, outliers), dtype, (3, 17), monkeypatch)
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 64), (5, 128), (130, 320)])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (5, 128), (130, 192)])
 def test_sizes_of_uniform_4_bit_mix64(n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(*mix64(MixSpec(4, 0.0), n, k, 0.0), torch.float16, (1, 3), monkeypatch)
 
@@ -162,7 +161,7 @@ def test_any_shape_and_stride(which: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shared_along_k(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that share a tile's channels and outliers: every one is counted, and the same bits come twice."""
-    for multiply, W_KN in (mix64(MixSpec(), 19, 1216, 0.01), gptq(QuantSpec(4, 128), 24, 1152)):
+    for multiply, W_KN in (mix64(MixSpec(), 19, 704, 0.01), gptq(QuantSpec(4, 128), 24, 640)):
         x, sums = random(m, len(W_KN), dtype), []
         for count in (3, 3, 1):
             monkeypatch.setattr(kernels, "splits", lambda *_, count=count: count)
@@ -222,11 +221,37 @@ def test_nothing_is_read_or_written_beyond_a_tensor(processors: int, monkeypatch
             assert multiply(random(m, len(W_KN), torch.float16)).isfinite().all()
 
 
-def compiled() -> dict[str, dict[str, int]]:
+def compiled(*parts: str) -> None:
+    """The kernels with a part in their names compile to what the golden table says, whatever Triton's version.
+
+    No spills; enough shared memory on the card; registers and instructions for a weight about as many; asynchronous
+    128-bit loads and tensor cores where there were some.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("aot.py"))],
+        [sys.executable, Path(__file__).with_name("aot.py"), *parts],
         env={**environment, "TRITON_DEFAULT_FP_FUSION": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)["kernels"]
+    golden = json.loads(Path(__file__).with_name("golden").joinpath("triton.json").read_text())
+    found = json.loads(run.stdout)
+    assert found and found.keys() == {name for name in golden if not parts or any(part in name for part in parts)}
+    for name, facts in found.items():
+        known, about = golden[name], f"{name}: {facts}"
+        assert facts["local"] == 0, about
+        assert facts["shared"] <= min(1.25 * known["shared"], (163 if "sm_80" in name else 227) * 1024), about
+        assert facts["registers"] <= 1.25 * known["registers"] + 16, about
+        assert facts.get("per_weight", 0) <= 1.25 * known.get("per_weight", 0), about
+        assert all((facts[kind] > 0) == (known[kind] > 0) for kind in ("cp_async_128", "mma")), about
+        assert "decode" not in name or facts["cp_async_128"] > 0 and (facts["mma"] > 0 or "fp32" in name), about
+
+
+def test_what_the_kernels_compile_to() -> None:
+    compiled(
+        "sm_90 fp16 mix64-1-outliers", "sm_80 fp16 gptq-4 decode", "sm_90 bf16 gptq-4", "sm_80 fp32 mix64-1 decode"
+    )
+
+
+@pytest.mark.slow
+def test_what_all_kernels_compile_to() -> None:
+    compiled()

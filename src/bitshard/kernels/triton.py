@@ -32,7 +32,7 @@ LEAST_STEPS = 4  # along K that are worth a program of their own; not measured y
 
 # the interpreter's tl.dot multiplies bfloat16's bits, and its casts to bfloat16 cut bits off
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TWO_TO_23 = tl.constexpr(0x4B000000)  # the float32 whose lowest bits count ones: or a code into it, and it is added
+TWO_TO_23 = tl.constexpr(0x4B000000)  # as float32; with a code in its lowest bits it is 2^23 + code, no conversion
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ TILES = {  # by bytes of x's dtype and whether there are at most MOST_DECODE_TOK
 @triton.jit
 def _round(values, dtype: tl.constexpr):
     """float32 to the nearest of dtype."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = values.to(tl.int32, bitcast=True)
-            values = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        values = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
     return values.to(dtype)
 
 
@@ -90,6 +89,7 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
     line = tl.where(place < WIDE, block * WIDE + place, 2 * WIDE + (block * (4 - WIDE) + place - WIDE) // 2)
     live = row_tile * 16 < N
     words = tl.load(records + start[:, None] + (line * 32 + c % 4)[None, :], mask=live[:, None], other=0)
+    # reshape keeps the load's layout, whole words in a thread; with [:, None] it took 18 instructions a weight, not 8
     words = tl.broadcast_to(words.reshape([BN // 2, 1, BK // 4, 1]), [BN // 2, 2, BK // 4, 4]).reshape([BN, BK])
 
     # codes [BN, BK]
@@ -257,6 +257,7 @@ class Weights:
     def mix64(
         cls, qweight: torch.Tensor, scales2: torch.Tensor, outliers: Sequence[torch.Tensor], n: int, k: int, wide: int
     ) -> Weights:
+        assert k % 64 == 0 and qweight.shape[1] == triton.cdiv(k, 128), f"{k} channels for {qweight.shape[1]} records"
         constants = {"BITS": None, "ALIGNED": None, "WIDE": wide}
         return cls(n, k, (qweight, scales2.view(torch.int32), None, None, n, k, 16), constants, outliers)
 
@@ -288,7 +289,7 @@ def mix64_linear(
 def dequantize(weights: Weights, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [N, K], outliers included."""
     tile = TILES[dtype.itemsize, True]
-    matrix = weights.tensors[0].new_empty(weights.n, weights.k, dtype=dtype)
+    matrix: torch.Tensor = weights.tensors[0].new_empty(weights.n, weights.k, dtype=dtype)
     grid = triton.cdiv(weights.n, tile.BN), triton.cdiv(weights.k, tile.BK)
     with torch.cuda.device_of(matrix):
         _dequantize[grid](matrix, *weights.tensors, **weights.constants, BN=tile.BN, BK=tile.BK, num_warps=tile.warps)
@@ -313,6 +314,7 @@ def processors(device: torch.device) -> int:
 def _multiply(x: torch.Tensor, weights: Weights) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     n, k = weights.n, weights.k
+    assert x.shape[-1] == k, f"{x.shape[-1]} channels for {k}"
     x_MK = x.reshape(-1, k).contiguous()
     m = len(x_MK)
     if m > CROSSING:
