@@ -27,6 +27,8 @@ from bitshard.spec import BLOCK, MixSpec, QuantSpec
 from factory import random_mixed_weight
 from test_kernels import gptq as gptq_layer
 
+# what the interpreter of Triton 3.6 does; NumPy 2.4 no longer takes it
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 3, 16, 17, 65)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
