@@ -46,7 +46,7 @@ class Tile:
 
 TILES = {  # by bytes of x's dtype and whether there are at most MOST_DECODE_TOKENS
     (2, True): Tile(BM=16, BN=64, BK=128, warps=4, stages=4),
-    (2, False): Tile(BM=64, BN=64, BK=128, warps=8, stages=3),
+    (2, False): Tile(BM=64, BN=64, BK=128, warps=8, stages=2),
     (4, True): Tile(BM=16, BN=64, BK=64, warps=4, stages=3),
     (4, False): Tile(BM=32, BN=64, BK=64, warps=8, stages=2),
 }
