@@ -36,8 +36,9 @@ test-slow: $(VENV)/demo
 # on a machine with an NVIDIA GPU: every kernel on it, then how fast; GPU_PYTHON's torch must see it. Under 8 minutes
 gpu-check:
 	@status=0; \
-	PYTHONPATH=src timeout 240 $(GPU_PYTHON) -m pytest -q -W default -k "not compiler and not copies" $(GPU_TESTS) || status=1; \
-	PYTHONPATH=src timeout 220 $(GPU_PYTHON) -m bitshard bench kernels --device cuda --out $(GPU_RESULTS) || status=1; \
+	export PYTHONPATH="src:$$PYTHONPATH"; \
+	timeout -s INT 280 $(GPU_PYTHON) -m pytest -W default -k "not compile" $(GPU_TESTS) || status=1; \
+	timeout -s INT 190 $(GPU_PYTHON) -m bitshard bench kernels --device cuda --out $(GPU_RESULTS) || status=1; \
 	exit $$status
 
 lint: install

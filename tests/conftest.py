@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once; deterministic algorithms need it
 if not torch.cuda.is_available():  # Triton reads it when it is first imported, which transformers does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

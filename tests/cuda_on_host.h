@@ -10,7 +10,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <algorithm>
+#include <utility>
 #include <vector>
+
+using std::min;
 
 #define __global__
 #define __device__
@@ -45,6 +49,7 @@ static uint4* block_shared;
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static int current;
+static std::vector<std::pair<char*, long>> may_copy;  // tensors that are copied from
 
 inline void suspend(decltype(Thread::state) why) {
     const int self = current;
@@ -95,6 +100,9 @@ inline unsigned address_of(const uint4* shared) { return (unsigned)((char*)share
 
 inline void copy_async(unsigned address, const uint4* global) {
     uint4* shared = block_shared + address / 16;
+    bool allowed = false;
+    for (const auto& [start, length] : may_copy) allowed |= (char*)global >= start && (char*)(global + 1) <= start + length;
+    if (!allowed) fprintf(stderr, "copy_async: not of a tensor\n"), abort();
     if ((uintptr_t)global % 16 || (uintptr_t)shared % 16) fprintf(stderr, "copy_async: not aligned\n"), abort();
     memset((void*)shared, 0xFF, 16);
     threads[current].groups.back().push_back({shared, global});

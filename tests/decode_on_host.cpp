@@ -11,7 +11,8 @@ static float* partial;
 static unsigned* arrived;
 static int tokens, n, k;
 
-extern "C" void run(const int* grid, int block, int shared_bytes, void** pointers, const int* sizes) {
+extern "C" void run(const int* grid, int block, int shared_bytes, void** pointers, const int* sizes, const long* lengths) {
+    may_copy = {{(char*)pointers[0], lengths[0]}, {(char*)pointers[1], lengths[1]}};
     records = (const uint4*)pointers[0], scales2 = (const uint4*)pointers[1], x = (const u16*)pointers[2];
     y = (u16*)pointers[3], rows = (const int*)pointers[4], columns = (const u16*)pointers[5];
     values = (const u16*)pointers[6], partial = (float*)pointers[7], arrived = (unsigned*)pointers[8];

@@ -23,7 +23,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `decode` compile for a processor and see a card of four multiprocessors."""
     monkeypatch.setattr(decode, "_compiled", lambda variant, device: compiled(variant))
     monkeypatch.setattr(decode, "_multiprocessors", lambda device: 4)
-    decode._counters.cache_clear()
 
 
 @cache
@@ -38,7 +37,8 @@ def compiled(variant: Variant) -> Callable[..., None]:
     def kernel(grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int) -> None:
         tensors, sizes = args[:9], args[9:]
         pointers = (ctypes.c_void_p * 9)(*[tensor.data_ptr() or None for tensor in tensors])
-        run((ctypes.c_int * 3)(*grid), block[0], shared_mem, pointers, (ctypes.c_int * 3)(*sizes))
+        lengths = (ctypes.c_long * 2)(args[0].nbytes, args[1].nbytes)
+        run((ctypes.c_int * 3)(*grid), block[0], shared_mem, pointers, (ctypes.c_int * 3)(*sizes), lengths)
 
     return kernel
 

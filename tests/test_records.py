@@ -47,7 +47,9 @@ def test_a_scale_that_would_be_rounded_twice() -> None:
     tensors = Mix64Layout().pack(random_mixed_weight(16, 64, spec, torch.Generator().manual_seed(0)))
     tensors["scales2"][0, 2] = torch.tensor([683 / 2048, 0])
     assert mix64_lanes(tensors, spec) is not None
-    tensors["scales2"][0, 2, 1] = 2.0**-24
+    tensors["scales2"][0, 2] = torch.tensor([0.5, 2.0**-24])  # lost in float32, but nowhere near a half
+    assert mix64_lanes(tensors, spec) is not None
+    tensors["scales2"][0, 2, 0] = 683 / 2048
     assert mix64_lanes(tensors, spec) is None
 
 

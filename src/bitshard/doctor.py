@@ -65,7 +65,10 @@ def _kernels() -> Sequence[Finding]:
 
 
 def _package(name: str, tested: Sequence[str]) -> Finding:
-    version = importlib.metadata.version(name)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "missing", "not installed", f"pip install '{name}=={tested[-1]}.*'")
     if version.startswith(tuple(f"{v}." for v in tested)):
         return Finding(name, "ok", version)
     return Finding(name, "untested", version, f"tested with {', '.join(tested)}: pip install '{name}=={tested[-1]}.*'")

@@ -73,6 +73,8 @@ class QuantLinear(PackedLinear):
     """
 
     rows_dim, layout_name = 1, GptqLayout.name
+    perm: torch.Tensor | None
+    sorted_perm: torch.Tensor | None
 
     def __init__(
         self,
@@ -95,8 +97,9 @@ class QuantLinear(PackedLinear):
         self.scales = frozen(groups, out_features, dtype=dtype)
         self.g_idx: nn.Parameter | None = frozen(in_features)
         self.bias = frozen(out_features, dtype=dtype) if bias else None
-        self.perm: torch.Tensor | None = None
-        self.sorted_perm: torch.Tensor | None = None  # order of all K input channels, on ranks that sort before the cut
+        self.register_buffer("perm", None, persistent=False)
+        # order of all K input channels, on ranks that sort before the cut
+        self.register_buffer("sorted_perm", None, persistent=False)
         self.cut = "plain"
 
     def order_rows(self) -> None:
@@ -240,7 +243,8 @@ class Experts(nn.Module):
         for e in range(num_experts):
             self.add_module(str(e), nn.ModuleDict({w: make_linear(f"{e}.{w}") for w in ("w1", "w3", "w2")}))
         self.act_fn = act_fn
-        self.perms: dict[int, torch.Tensor] = {}  # the gather of an expert's input, where gate and up share one
+        for e in range(num_experts):  # the gather of an expert's input, where gate and up share one
+            self.register_buffer(f"perm_{e}", None, persistent=False)
 
     def _experts(self) -> Iterator[tuple[int, nn.ModuleDict]]:
         for e in range(self.num_experts):
@@ -249,9 +253,7 @@ class Experts(nn.Module):
     def hoist_gathers(self) -> None:
         """One gather of each expert's input instead of one in gate and one in up."""
         for e, expert in self._experts():
-            perm = hoist_gather([expert["w1"], expert["w3"]])
-            if perm is not None:
-                self.perms[e] = perm
+            setattr(self, f"perm_{e}", hoist_gather([expert["w1"], expert["w3"]]))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -263,8 +265,9 @@ class Experts(nn.Module):
             if len(tokens) == 0:
                 continue
             x = hidden_states[tokens]
-            if e in self.perms:
-                x = x[:, self.perms[e]]
+            perm = self._buffers[f"perm_{e}"]
+            if perm is not None:
+                x = x[:, perm]
             y = expert["w2"](self.act_fn(expert["w1"](x)) * expert["w3"](x))
             out.index_add_(0, tokens, (y * top_k_weights[tokens, slot, None]).to(out.dtype))
         return out

@@ -158,14 +158,16 @@ def mix64_from_lanes(
 def _rounds_once(scales2: torch.Tensor) -> bool:
     """Whether step * code + offset, rounded to float32 and then to float16, is the exact sum rounded to float16.
 
-    It may not be only where the exact sum is no float32 and that float32 lies halfway between two float16: where 3 of
-    some step make such a half and the offset is 10,000 times less.
+    It is not where float32 rounds the exact sum to a number halfway between two float16: where 3 of some step make such
+    a half and the offset is 10,000 times less.
     """
     steps, offsets = scales2.double().unbind(-1)
     exact = steps[..., None] * torch.arange(16, device=scales2.device) + offsets[..., None]
-    rounded = exact.float()
-    halfway = (rounded.view(torch.int32) & 0xFFF) == 0
-    return not bool((halfway & (rounded.double() != exact)).any())
+    twice = exact.float()
+    # the float32 towards zero, its last bit set when anything was cut off: float16's half is then where the sum is
+    towards_zero = twice.view(torch.int32) - (twice.double().abs() > exact.abs()).int()
+    once = (towards_zero | (twice.double() != exact).int()).view(torch.float32)
+    return torch.equal(once.half(), twice.half())
 
 
 def _wide_strips(spec: MixSpec) -> torch.Tensor:

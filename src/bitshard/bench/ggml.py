@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 
 Q2_K = 10  # ggml's number of the type: 256 channels in 84 bytes, 2.625 bits a weight
 BLOCK, BLOCK_BYTES = 256, 84
@@ -77,7 +75,9 @@ class Q2Linear:
         address = self._data(self._weights[0]).value
         assert address is not None
         packed = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(address)).reshape(self.n, -1)
-        return torch.from_numpy(dequantize(packed, GGMLQuantizationType.Q2_K))
+        from gguf import GGMLQuantizationType, quants  # here, as a GPU's bench runs without it
+
+        return torch.from_numpy(quants.dequantize(packed, GGMLQuantizationType.Q2_K))
 
     def prepare(self, x_MK: torch.Tensor, threads: int) -> tuple[list[Callable[[], object]], torch.Tensor]:
         """A call for each copy, and the memory [M, N] that the first one writes."""

@@ -34,6 +34,8 @@ CPU = torch.device("cpu")
 STREAMED = 256 << 20  # bytes: eight times this machine's largest cache
 MOST_COPIES = 64
 MOST_ELEMENTS = 256 << 20  # float32, that are copied on a GPU; its product has as many entries
+LEAST_CALLS = 32  # of one graph
+AWAKE_SECONDS = 0.1  # of a GPU's work before anything is timed
 CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
 MOST_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02}  # by what is rounded
 SHAPES = {  # (N, K) of one matrix: 7B and 70B models' on a GPU
@@ -304,8 +306,15 @@ def _processor_times(calls: list[list[Call]], repetitions: int) -> list[list[flo
 
 
 def _gpu_times(calls: list[list[Call]], repetitions: int) -> list[list[float]]:
-    """Milliseconds of a call of each contender: passes over all its copies, in turn, divided by their number."""
+    """Milliseconds of a call of each contender: passes over all its copies, in turn, divided by their number.
+
+    A pass is of many calls, so that what it takes to begin does not count, and the card is awake before the first.
+    """
+    calls = [own * -(-LEAST_CALLS // len(own)) for own in calls]
     passes = [capture(partial(_call_all, own)) for own in calls]
+    awake = 0.0
+    while awake < AWAKE_SECONDS:
+        awake += sum(cuda_seconds(each) for each in passes)
     taken = [[cuda_seconds(each) * 1e3 for each in passes] for _ in range(repetitions + 1)][1:]
     return [
         [seconds / len(own) for seconds in times] for own, times in zip(calls, zip(*taken, strict=True), strict=True)

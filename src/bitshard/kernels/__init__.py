@@ -101,6 +101,15 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
     )
 
 
+def _require_device(x: torch.Tensor, arrangement: Arrangement) -> None:
+    """C would read a GPU's pointers."""
+    if arrangement == "cpu" and x.device.type != "cpu":
+        raise SpecError(
+            "weights", f"arranged for a processor, with an input on {x.device.type}", "weights and input of one device",
+            "load the model on that device instead of moving it there",
+        )  # fmt: skip
+
+
 def require_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise SpecError("backend", repr(backend), ", ".join(BACKENDS), "choose one of them")
@@ -126,6 +135,7 @@ def _(
     arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
+    _require_device(x, arrangement)
     kernel = choose("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
@@ -150,6 +160,7 @@ def _(
     arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
+    _require_device(x, arrangement)
     kernel = choose("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         spec = MixSpec(bits, fraction_4bit, metadata_kind)

@@ -140,7 +140,7 @@ __device__ __forceinline__ void expand_scales(float2* pairs, const uint4* stage,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mix64_decode(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
     const uint4* __restrict__ records, const uint4* __restrict__ scales2, const u16* __restrict__ x, u16* __restrict__ y,
     const int* __restrict__ outlier_rows, const u16* __restrict__ outlier_columns, const u16* __restrict__ outlier_values,
     float* partial, unsigned* arrived, int tokens, int n, int k) {
@@ -173,25 +173,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
         filling += stride, at = at < (STAGES - 1) * STAGE ? at + STAGE : 0;
     };
 
-    // x of a lane: four channels of token g % COLUMNS, in the strip that this column of each product stands for
+    // x of a lane: four channels of token g % COLUMNS, in the strip that this column of each product stands for. Nothing
+    // is read conditionally, which would make the load be waited for at once: a token or a record that does not exist is
+    // the last one, and strips 4 to 7 of half a record are strips 0 to 3, whose scales there are zero.
     unsigned x_now[COLUMNS][TILES][2], x_next[COLUMNS][TILES][2];
     const u16* x_at[TILES];
-    int x_left[TILES];  // channels from there to the end; none for a token that does not exist
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        const int token = first_token + tile * COLUMNS + g % COLUMNS, channel = start * CHANNELS + g / COLUMNS * 16 + 4 * t;
-        x_at[tile] = x + (long long)token * k + channel, x_left[tile] = token < tokens ? k - channel : 0;
+        const int token = min(first_token + tile * COLUMNS + g % COLUMNS, tokens - 1);
+        x_at[tile] = x + (long long)token * k + g / COLUMNS * 16 + 4 * t;
     }
-    const auto read_x = [&](unsigned(&into)[COLUMNS][TILES][2]) {
+    const auto read_x = [&](unsigned(&into)[COLUMNS][TILES][2], int record) {
+        record = min(record, count - 1);
+        const int back = (record + 1) * CHANNELS > k ? CHANNELS / 2 : 0;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
             for (int q = 0; q < COLUMNS; q++) {
-                const bool real = q * GROUP * 16 < x_left[tile];
-                const uint2 four = real ? *(const uint2*)(x_at[tile] + q * GROUP * 16) : make_uint2(0, 0);
+                const bool second = COLUMNS == 1 ? g >= 4 : q * GROUP >= 4;  // of the record's blocks
+                const int channel = record * CHANNELS + q * GROUP * 16 - (second ? back : 0);
+                const uint2 four = *(const uint2*)(x_at[tile] + channel);
                 into[q][tile][0] = four.x, into[q][tile][1] = four.y;
             }
-            x_at[tile] += stride * CHANNELS, x_left[tile] -= stride * CHANNELS;
         }
     };
 
@@ -199,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
     // tokens are never negative, which the compiler cannot know: a mask and a bias in one instruction need a register
     const unsigned bias = BFLOAT ? BIAS + (tokens < 0) : 0;
     for (int i = 0; i < STAGES - 1; i++) fill();
-    if (PREFETCH) read_x(x_now);
+    if (PREFETCH) read_x(x_now, start);
     float sums[TILES][4] = {};
     for (int record = start; record < count; record += stride) {
         __syncwarp();  // everybody has read what is overwritten now
@@ -207,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
         wait<STAGES - 1>();
         __syncwarp();  // everybody's copies of this record have arrived
         if (PREFETCH) {
-            read_x(x_next);
+            read_x(x_next, record + stride);
         } else {
-            read_x(x_now);
+            read_x(x_now, record);
         }
         const uint4* stage = ring + at;
         expand_scales(pairs, stage, lane);
@@ -301,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
     }
     if (splits == 1) return;
 
-    // whoever comes last adds up what all splits have left, in their order, and leaves the counter at zero
+    // whoever comes last adds up what all splits have left, in their order
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) ((unsigned*)shared)[0] = atomicAdd(arrived + tile, 1);
@@ -315,5 +318,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 4 ? 4 : 2) mi
         }
         write(i, sum);
     }
-    if (threadIdx.x == 0) arrived[tile] = 0;
 }

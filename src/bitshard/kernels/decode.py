@@ -64,8 +64,13 @@ def missing() -> str:
         return "a GPU of compute capability 8.0 or later is needed"
     try:
         _compiled(Variant.of(1, 1, torch.float16), torch.device("cuda"))
-    except (AttributeError, OSError, RuntimeError) as error:  # no such function in this torch; no NVRTC; what it says
-        return f"NVRTC does not compile it: {str(error).splitlines()[0]}"
+    except (
+        AttributeError,
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's, or NVRTC's
+        return f"NVRTC does not compile it: {' '.join(str(error).split())[:200]}"
     return ""
 
 
@@ -112,24 +117,17 @@ def launch(
     scales2: torch.Tensor,
     outliers: Sequence[torch.Tensor],
 ) -> None:
-    """One launch on the current stream; with splits, of kernels that run one after another."""
+    """One launch on the current stream, after one that sets counters to zero where there are splits."""
     rows, splits, batches = blocks
     none = x_MK.new_empty(0)
-    partial = none if splits == 1 else _workspace(x_MK.device, rows * splits * batches * ROWS * variant.tokens)
-    arrived = none if splits == 1 else _counters(x_MK.device, rows * batches)
+    partial = arrived = none
+    if splits > 1:
+        partial = x_MK.new_empty(rows * splits * batches * ROWS * variant.tokens, dtype=torch.float32)
+        arrived = x_MK.new_zeros(rows * batches, dtype=torch.int32)
     tensors = records, scales2, x_MK, y_MN, *(outliers or (none, none, none)), partial, arrived
     sizes = len(x_MK), y_MN.shape[1], x_MK.shape[1]
-    kernel(grid=blocks, block=(32 * variant.warps, 1, 1), args=[*tensors, *sizes], shared_mem=variant.shared_bytes)
-
-
-def _workspace(device: torch.device, length: int) -> torch.Tensor:
-    return torch.empty(length, dtype=torch.float32, device=device)
-
-
-@cache
-def _counters(device: torch.device, length: int) -> torch.Tensor:
-    """Zeros, which every launch leaves as zeros."""
-    return torch.zeros(length, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(x_MK):  # type: ignore[no-untyped-call]
+        kernel(grid=blocks, block=(32 * variant.warps, 1, 1), args=[*tensors, *sizes], shared_mem=variant.shared_bytes)
 
 
 @cache

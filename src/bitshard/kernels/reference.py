@@ -24,14 +24,14 @@ def dequantize(
     """GPTQ tensors to the matrix [K, N] in `dtype`: an exact integer difference times the scale, rounded once."""
     layout = GptqLayout(1) if zeros_version == 1 else GptqLayout(2)
     codes_KN = unpack(qweight, bits, dim=0)
-    zeros_GN = (qzeros if qzeros.dtype == torch.uint8 else layout.unpack_zeros(qzeros, bits)).to(dtype)
-    scales_GN = scales_GN.to(dtype)
+    zeros_GN = (qzeros if qzeros.dtype == torch.uint8 else layout.unpack_zeros(qzeros, bits)).float()
+    scales_GN = scales_GN.float()
     if g_idx_K is not None:
         g = g_idx_K.long()
-        return (codes_KN.to(dtype) - zeros_GN[g]) * scales_GN[g]
+        return ((codes_KN.float() - zeros_GN[g]) * scales_GN[g]).to(dtype)
     groups, n = scales_GN.shape
-    codes_GBN = codes_KN.view(groups, -1, n).to(dtype)
-    return codes_GBN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).view(-1, n)
+    codes_GBN = codes_KN.view(groups, -1, n).float()
+    return codes_GBN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).view(-1, n).to(dtype)
 
 
 def gptq_linear(
