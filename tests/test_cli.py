@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from alter import WEIGHTS, Change, config, merged, section, tensors
+from bitshard import __version__, cli
 from bitshard.convert import convert
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
@@ -83,7 +84,7 @@ def test_help(verb: str) -> None:
 
 def test_help_of_all() -> None:
     text = " ".join(success("--help").stdout.split())
-    assert "Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage" in text
+    assert "Exit codes: 0 done, 1 refused, failed or" in text
     assert all(verb.split()[0] in text for verb in VERBS)
 
 
@@ -265,3 +266,20 @@ def test_no_room_for_the_result(options: list[str]) -> None:
         done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and SENTENCE.fullmatch(done.stderr.rstrip("\n")), done.stderr
     assert "stdout: found No space left on device, when all work was done" in done.stderr
+
+
+def test_the_version() -> None:
+    assert success("--version").stdout.strip() == __version__
+
+
+def test_progress_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines with time left, not one bar when all is done; a log of a night must show how far it is."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert list(cli._lines("abcdef", "quantizing")) == list("abcdef")
+    assert capsys.readouterr().err.splitlines() == [
+        "quantizing 1/6 0:00:40 left 0:03:20", "quantizing 3/6 0:01:20 left 0:01:20",
+        "quantizing 5/6 0:02:00 left 0:00:24", "quantizing 6/6 0:02:20",
+    ]  # fmt: skip

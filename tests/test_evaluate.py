@@ -271,8 +271,9 @@ def test_nothing_to_measure_is_wrong_usage(options: list[str]) -> None:
 def test_tasks_without_lm_eval(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "--tasks: found no lm-eval; allowed: the package lm-eval; to do: pip install 'bitshard[eval]'" in refusal(
-        "eval", place / "one", "--tasks", "piqa"
+    assert (
+        "--tasks: found no lm-eval; allowed: the package lm-eval; to do: pip install 'lm-eval>=0.4.13,<0.5'"
+        in refusal("eval", place / "one", "--tasks", "piqa")
     )
 
 

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from bitshard import __version__
 from bitshard.errors import BitshardError, CheckpointError
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HELP = """Low-bit language models, ordered so that tensor parallelism costs nothing at run time.
 
-Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage."""
+Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 refused, failed or
+interrupted, 2 a command line that cannot be read."""
+SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is no terminal
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_SEED = 2**32 - 1
 ZEROS = {1: "stored minus one (v1)", 2: "stored as they are (v2)"}
@@ -50,9 +55,25 @@ Backend = Annotated[
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: how many ranks to start.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 def main() -> None:
     """Entry point: errors the user can act on become one sentence and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # threads that wait for others look for them 10 us long, not 300: on busy cores that is time taken from the others
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except BitshardError as error:
@@ -69,7 +90,10 @@ def _fail(sentence: str) -> None:
 
 
 def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
-    """A bar with time left on stderr; see bitshard.progress.Progress."""
+    """A bar with time left on stderr, lines where that is no terminal; see bitshard.progress.Progress."""
+    if not err_console.is_terminal:
+        yield from _lines(items, label)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,8 +101,23 @@ def _progress(items: Sequence[T], label: str, /) -> Iterable[T]:
         TimeElapsedColumn(),
         TextColumn("left"),
     )
-    with Bars(*columns, TimeRemainingColumn(), console=err_console) as bars:
+    # time left from all steps so far: one of a large model takes longer than the 30 s that rich looks back
+    with Bars(*columns, TimeRemainingColumn(), console=err_console, speed_estimate_period=float("inf")) as bars:
         yield from bars.track(items, description=label)
+
+
+def _lines(items: Sequence[T], label: str) -> Iterable[T]:
+    """A line at the end, and before it as often as a log can bear."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= SECONDS_BETWEEN_LINES:
+            left = timedelta(seconds=round((now - start) / done * (len(items) - done)))
+            print(f"{label} {done}/{len(items)} {timedelta(seconds=round(now - start))} left {left}", file=sys.stderr)
+            last = now
+        yield item
+    taken = timedelta(seconds=round(time.monotonic() - start))
+    print(f"{label} {len(items)}/{len(items)} {taken}", file=sys.stderr)
 
 
 def _emit(result: Any, as_json: bool, *renderables: Any) -> None:
@@ -153,7 +192,9 @@ def quantize(
     static_groups: Annotated[bool | None, typer.Option("--static-groups", help="gptq: fix groups first.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="gptq: zero point in the middle. [yes]")] = None,
     recipe: Annotated[str | None, typer.Option(help="paper-v1 or paper-v4 of 2311.16442, instead of options.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text, or JSON lines with `text`.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, or JSON lines with `text`. [wiki text of exllamav3]")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
     seed: Annotated[int, typer.Option(help="0: the first segments; else a random choice.", min=0, max=MAX_SEED)] = 0,
@@ -175,6 +216,8 @@ def quantize(
         },
     )  # fmt: skip
     segments = Calibration(calibration, samples, length, seed)
+    if calibration is None:
+        print("calibrating with wiki text of the package exllamav3; --calibration takes your own", file=sys.stderr)
     report = run(model, out, spec, segments, how, max_tp, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
     when = " before tuning" if report.tuned else ""
@@ -445,7 +488,7 @@ def _perplexity_lines(report: Perplexity, against: str | None) -> list[str]:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id, GPTQ or 16-bit.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id, quantized or 16-bit.")],
     prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
     tp: Tp = 1,
     strategy: Strategy = "tp-aware",
@@ -504,7 +547,9 @@ def demo(
     same = "each checkpoint gave the same answer on 1 rank and on several"
     answer = same if report.texts_agree else "answers on 1 rank and on several differ: rounding took over"
     texts = [f"{name}: {one.text}".replace("\n", " ") for name, one in report.runs.items() if one.tp_size == 1]
-    _emit(report.to_dict(), as_json, *texts, f"({answer})", table, f"picture: {out / 'demo.png'}")
+    mixed = out / f"{report.model}-mix64"
+    where = f"picture: {out / 'demo.png'}", f"next: bitshard inspect {mixed}", f'next: bitshard generate {mixed} "..."'
+    _emit(report.to_dict(), as_json, *texts, f"({answer})", table, *where)
 
 
 @bench_app.command("mlp")

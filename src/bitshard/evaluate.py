@@ -267,7 +267,7 @@ def load_tasks(options: TaskOptions) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise SpecError("--tasks", "no lm-eval", "the package lm-eval", "pip install 'bitshard[eval]'") from None
+        raise SpecError("--tasks", "no lm-eval", "the package lm-eval", "pip install 'lm-eval>=0.4.13,<0.5'") from None
     if options.limit is not None and options.limit < 1:
         raise SpecError("limit", str(options.limit), "1 document or more", "leave it out for all")
     if options.include_path is not None and not options.include_path.is_dir():

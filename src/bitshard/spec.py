@@ -192,6 +192,9 @@ def zero_base(width: int) -> int:
     return (1 << (width - 1)) - 2
 
 
+MOST_AVERAGE_BITS = 5  # of mix64, which fills up odd matrices
+
+
 @dataclass(frozen=True)
 class MixRecipe:
     """How a `mix64` weight is filled; the file says nothing of it but its provenance.
@@ -229,8 +232,11 @@ class MixRecipe:
                 f"a share of all weights from 0 to {MOST_OUTLIERS}",
                 "for example 0.002",
             )
-        if self.average_bits is not None and not 0 < self.average_bits <= 16:
-            raise SpecError("average_bits", repr(self.average_bits), "more than 0 and at most 16", "for example 2.91")
+        if self.average_bits is not None and not 0 < self.average_bits <= MOST_AVERAGE_BITS:
+            raise SpecError(
+                "average_bits", repr(self.average_bits),
+                f"up to {MOST_AVERAGE_BITS}, as 4 bits for all strips are 4.41", "for example 2.91",
+            )  # fmt: skip
         if type(self.tune) is not int or self.tune < 0:
             raise SpecError("tune", repr(self.tune), "a number of steps, 0 or more", "for example 100")
         if self.tune and not self.correct:

@@ -264,7 +264,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 linear.arrange()
                 slow += [name] * (linear.kernel(self.dtype, tokens=1) == "reference")
                 device = linear.qweight.device.type
-        if slow:
+        if slow and (not dist.is_initialized() or dist.get_rank() == 0):
             why = why_not_arranged(device) or READ
             logger.warning("plain torch runs %d of %d matrices, %s first: %s", len(slow), len(names), slow[0], why)
         for layer in range(self.plan.sizes.layers):

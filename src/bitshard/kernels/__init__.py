@@ -38,7 +38,7 @@ MOST_INT8_TOKENS = 64  # above that a model reads rather than writes, and all of
 
 @cache
 def why_not_triton() -> str:
-    return "" if importlib.util.find_spec("triton") else "install triton: pip install 'bitshard[triton]'"
+    return "" if importlib.util.find_spec("triton") else "install triton: pip install 'triton>=3.6,<3.10'"
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,13 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         if wanted and reads and not kernel.missing():
             return kernel.name
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == backend)
+    able = [k.name for k in KERNELS if arrangement in k.reads and layout in k.layouts and dtype in k.dtypes]
+    here = [k.name for k in KERNELS if k.name in able and not k.missing()]
     what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
     raise SpecError(
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {str(dtype).removeprefix('torch.')} activations",
-        "exact, auto, reference",
+        ", ".join(["exact", "auto", *here]),
         kernel.missing() or "choose one of these",
     )
 
