@@ -72,8 +72,6 @@ def _root(
 def main() -> None:
     """Entry point: errors the user can act on become one sentence and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # threads that wait for others look for them 10 us long, not 300: on busy cores that is time taken from the others
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except BitshardError as error:
@@ -82,6 +80,15 @@ def main() -> None:
         if end.code == INTERRUPTED:
             _fail("interrupted; what was finished is kept: run the same command again to go on")
         raise
+
+
+def _patient() -> None:
+    """Let torch's threads sleep instead of spin for each other, which is only read before torch is there.
+
+    On cores that others use too, quantizing a small model took 8 times as long with spinning threads. Generating, whose
+    products take microseconds, keeps them: asleep they cost a sixth of its speed.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _fail(sentence: str) -> None:
@@ -202,6 +209,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a 16-bit model, one decoder block in memory; an interrupted run goes on where it stopped."""
+    _patient()
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
     from bitshard.spec import requested
@@ -534,6 +542,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole way once: quantize to mix64 and to GPTQ, convert that, verify; one prompt on 1 rank and on several."""
+    _patient()
     from bitshard.demo import demo as run
 
     report = run(model, out, progress=_progress, say=lambda line: err_console.print(line, highlight=False))
