@@ -214,6 +214,9 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("mix64", "cpu", half, most + 1, "auto") == choose("gptq", "cpu", half, 1, "exact") == "cpu"
     assert choose("mix64", "file", half, 1, "auto") == choose("gptq", "cpu", half, 1, "reference") == "reference"
     assert choose("mix64", "cpu", half, most + 1, "cpu-int8") == "cpu-int8"
+    assert choose("mix64", "cpu", torch.float64, 1, "auto") == "reference"
+    with pytest.raises(SpecError, match="exact for mix64 weights on a processor, int8 activations"):
+        choose("mix64", "cpu", torch.int8, 1, "exact")
     with pytest.raises(SpecError, match="found 'gpu'; allowed: exact, auto, cpu-int8, cpu, decode, triton, reference"):
         choose("mix64", "cpu", half, 1, "gpu")
     with pytest.raises(SpecError, match="cpu for mix64 weights as the file has them, float16 activations"):

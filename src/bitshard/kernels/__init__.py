@@ -59,7 +59,7 @@ KERNELS = (  # in order of preference
     Kernel("cpu", ("cpu",), cpu.missing),
     Kernel("decode", ("gpu",), decode.missing, ("mix64",), HALVES, decode.MOST_TOKENS),
     Kernel("triton", ("gpu",), why_not_triton),
-    Kernel("reference", ("file", "cpu", "gpu"), lambda: ""),
+    Kernel("reference", ("file", "cpu", "gpu"), lambda: "", dtypes=(*HALVES, torch.float32, torch.float64)),
 )
 READ = "kernels read 2- and 4-bit strips, and GPTQ groups of whole strips of 16"  # beside the reference
 BACKENDS = ("exact", "auto", *(kernel.name for kernel in KERNELS))
@@ -91,7 +91,7 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         reads = arrangement in kernel.reads and layout in kernel.layouts and dtype in kernel.dtypes
         if wanted and reads and not kernel.missing():
             return kernel.name
-    (kernel,) = (kernel for kernel in KERNELS if kernel.name == backend)
+    kernel = next((kernel for kernel in KERNELS if kernel.name == backend), KERNELS[-1])
     able = [k.name for k in KERNELS if arrangement in k.reads and layout in k.layouts and dtype in k.dtypes]
     here = [k.name for k in KERNELS if k.name in able and not k.missing()]
     what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
