@@ -574,6 +574,10 @@ REFUSED_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "outliers below 0": ({"outliers": -0.1}, "outliers: found -0.1; allowed: a share of all weights from 0 to 0.05"),
     "too many outliers": ({"outliers": 0.06}, "outliers: found 0.06"),
     "budget of nothing": ({"average_bits": 0}, "average_bits: found 0; allowed: more than 0"),
+    "more than there is": (
+        {"average_bits": 9.0},
+        "average_bits: found 9.0; allowed: more than 0 and at most 5: 4 bits",
+    ),
     "budget NaN": ({"average_bits": float("nan")}, "average_bits: found nan"),
     "endless budget": ({"average_bits": float("inf")}, "average_bits: found inf"),
     "outliers NaN": ({"outliers": float("nan")}, "outliers: found nan"),

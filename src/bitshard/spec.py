@@ -235,7 +235,7 @@ class MixRecipe:
         if self.average_bits is not None and not 0 < self.average_bits <= MOST_AVERAGE_BITS:
             raise SpecError(
                 "average_bits", repr(self.average_bits),
-                f"up to {MOST_AVERAGE_BITS}, as 4 bits for all strips are 4.41", "for example 2.91",
+                f"more than 0 and at most {MOST_AVERAGE_BITS}: 4 bits for all strips are 4.41", "for example 2.91",
             )  # fmt: skip
         if type(self.tune) is not int or self.tune < 0:
             raise SpecError("tune", repr(self.tune), "a number of steps, 0 or more", "for example 100")
