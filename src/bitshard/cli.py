@@ -72,6 +72,8 @@ def _root(
 def main() -> None:
     """Entry point: errors the user can act on become one sentence and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: in a log they are one long line
     try:
         app()
     except BitshardError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ def generate(
 
 
 def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strategy: Strategy) -> Generation:
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # one bar is enough for all ranks, and none is for a log
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.disable_progress_bar()  # one bar is enough for all ranks
     if tp_size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
     tokenizer = load_tokenizer(path)
