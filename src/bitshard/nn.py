@@ -137,8 +137,9 @@ class QuantLinear(PackedLinear):
     def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
         if device == "cpu":
             return gptq_rows(self.layout, tensors, self.spec)
-        zeros_GN = self.layout.unpack_zeros(tensors["qzeros"], self.spec.bits)
-        return None if why_not_triton() else {"qzeros": zeros_GN.contiguous()}
+        if why_not_triton():
+            return None
+        return {"qzeros": self.layout.unpack_zeros(tensors["qzeros"], self.spec.bits).contiguous()}
 
     def _owns_its_groups(self) -> bool:
         """A row slice with just its own groups' scales still counts groups from the whole matrix's start."""

@@ -53,6 +53,11 @@ class Kernel:
     most_tokens: int | None = None  # for which it is chosen
     exact: bool = True  # activations are taken as they are
 
+    def runs(self, layout: str, arrangement: Arrangement, dtype: torch.dtype) -> bool:
+        """Whether it can multiply these here."""
+        reads = arrangement in self.reads and layout in self.layouts and dtype in self.dtypes
+        return reads and not self.missing()
+
 
 KERNELS = (  # in order of preference
     Kernel("cpu-int8", ("cpu",), cpu.missing, most_tokens=MOST_INT8_TOKENS, exact=False),
@@ -82,24 +87,22 @@ mix64_linear = torch.ops.bitshard.mix64_linear.default
 def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
     """The kernel that runs. Raises SpecError for one that does not exist or cannot read this."""
     require_backend(backend)
-    for kernel in KERNELS:
+    able = [kernel for kernel in KERNELS if kernel.runs(layout, arrangement, dtype)]
+    for kernel in able:
         if backend in ("exact", "auto"):
             fits = kernel.most_tokens is None or tokens <= kernel.most_tokens
             wanted = fits and (kernel.exact or backend == "auto")
         else:
             wanted = kernel.name == backend
-        reads = arrangement in kernel.reads and layout in kernel.layouts and dtype in kernel.dtypes
-        if wanted and reads and not kernel.missing():
+        if wanted:
             return kernel.name
-    kernel = next((kernel for kernel in KERNELS if kernel.name == backend), KERNELS[-1])
-    able = [k.name for k in KERNELS if arrangement in k.reads and layout in k.layouts and dtype in k.dtypes]
-    here = [k.name for k in KERNELS if k.name in able and not k.missing()]
+    asked = next((kernel for kernel in KERNELS if kernel.name == backend), KERNELS[-1])
     what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
     raise SpecError(
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {str(dtype).removeprefix('torch.')} activations",
-        ", ".join(["exact", "auto", *here]),
-        kernel.missing() or "choose one of these",
+        ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
+        asked.missing() or "choose one of these",
     )
 
 

@@ -64,12 +64,7 @@ def missing() -> str:
         return "a GPU of compute capability 8.0 or later is needed"
     try:
         _compiled(Variant.of(1, 1, torch.float16), torch.device("cuda"))
-    except (
-        AttributeError,
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's, or NVRTC's
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:  # torch's own, or NVRTC's
         return f"NVRTC does not compile it: {' '.join(str(error).split())[:200]}"
     return ""
 
