@@ -43,7 +43,7 @@ def dies_at(block: int) -> Progress:
 
     def progress(items: Sequence[T], label: str, /) -> Iterator[T]:
         for item in items:
-            if label == "quantizing" and item == block:
+            if label.startswith("quantizing") and item == block:
                 raise Killed
             yield item
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,7 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
     change(path)
     with pytest.raises(FormatError, match=sentence):
         Checkpoint.open(path).check_matrices()
-    assert "FormatError" in refusal("verify", path)
+    assert re.search(sentence, refusal("verify", path))
 
 
 def test_what_is_for_gptq_alone_says_so(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_first(model: Path, text: Path, 
     command = ["quantize", model, tmp_path / "out", "--calibration", text, *CALIBRATE]
     # with so many outliers, which 4-bit strips do not have, 4 bits everywhere are the fewest for most matrices
     sentence = refusal(*command, "--outliers", 0.05)
-    assert "average_bits: found 2.91, the default; allowed: " in sentence and "or fewer outliers" in sentence
+    assert "--average-bits: found 2.91, the default; allowed: " in sentence and "or fewer outliers" in sentence
     assert not list(tmp_path.glob("out*"))
     least = re.search(r"allowed: (\d\.\d+) or more", refusal(*command, "--outliers", 0.05, "--average-bits", 4.3))
     assert least and float(least[1]) < 4.42
@@ -392,7 +392,7 @@ def test_a_finished_block_is_not_done_again(model: Path, text: Path, tmp_path: P
         quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(), progress=stop_after(3, first))
     second: list[str] = []
     quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(), progress=stop_after(99, second))
-    assert first == ["ordering 0", "ordering 1", "quantizing 0"] and second == ["quantizing 1"]
+    assert first == ["ordering 0", "ordering 1", "quantizing 0"] and second == ["quantizing, 1 of 2 done before 1"]
 
 
 def test_config_says_how_it_was_made(model: Path, text: Path, tmp_path: Path) -> None:

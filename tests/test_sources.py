@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitshard import sources
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError
+from bitshard.planning import plan_model
+from bitshard.spec import MixSpec
 from dense import character_tokenizer, random_model
 
 
@@ -110,6 +112,27 @@ def test_anything_else_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("org/model", sources.HUB_FILES)] and not any("bin" in p for p in sources.HUB_FILES)
 
 
+@pytest.mark.parametrize(
+    ("files", "weights"),
+    [({"config.json": "{}"}, False), ({}, False), ({"config.json": '{"quantization_config": {}}'}, True),
+     ({"config.json": "{}", "quantize_config.json": "{}"}, True)],
+)  # fmt: skip
+def test_a_plan_fetches_no_weights_of_a_16_bit_model(
+    files: dict[str, str], weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert sources.resolve("org/model", weights=False) == tmp_path
+    assert asked == [sources.CONFIG_FILES] + [sources.HUB_FILES] * weights
+
+
 @pytest.mark.parametrize("name", ["org/model", "/no/such/folder"])
 def test_the_hubs_no_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -155,9 +178,13 @@ def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model, file = random_model(tmp_path / "m", "llama"), tmp_path / "tiny.GGUF"
     write_gguf(file, model)
+    planned = sources.resolve(str(file), weights=False)
+    assert [path.name for path in planned.iterdir()] == ["config.json"]
     folder = sources.resolve(str(file))
+    assert sources.resolve(str(file), weights=False) == folder != planned
     assert folder.parent == tmp_path / "cache" / "bitshard" and folder.name.startswith("tiny-")
     converted, original = Checkpoint.open(folder), Checkpoint.open(model)
+    assert plan_model(planned, MixSpec()).degrees == plan_model(model, MixSpec()).degrees
     assert converted.quantization is None and set(converted.files) == set(original.files)
     for name in original.files:
         assert torch.equal(converted.tensor(name), original.tensor(name)), name
@@ -165,7 +192,7 @@ def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert sources.resolve(str(file)) == folder and (folder / "config.json").stat().st_mtime_ns == stamp
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(folder.parent.iterdir()) == [folder, planned]
 
 
 def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

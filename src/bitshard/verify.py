@@ -78,13 +78,14 @@ def verify(path: Path, against: Path | None = None, logits: bool = True, progres
 
 def _plan_of_source(source: Checkpoint, converted: Checkpoint) -> TPPlan:
     """The source's own plan, after a check that the other may have come from it: FormatError when it cannot have."""
-    if not isinstance(converted.layout, GptqLayout):
-        raise FormatError(
-            str(converted.path),
-            f"layout {converted.layout.name}, which no conversion writes",
-            "a converted checkpoint",
-            "measure what quantizing cost: bitshard eval --against",
-        )
+    for checkpoint in (converted, source):
+        if not isinstance(checkpoint.layout, GptqLayout):
+            raise FormatError(
+                str(checkpoint.path),
+                f"layout {checkpoint.layout.name}, which no conversion writes or reads",
+                "a GPTQ checkpoint and what it was converted to",
+                "measure what quantizing cost: bitshard eval --against",
+            )
     source.check_matrices()
     plan, new = source.plan(), converted.sizes
     padded = replace(plan.sizes, intermediate=new.intermediate, heads=new.heads, kv_heads=new.kv_heads)
