@@ -47,6 +47,14 @@ typedef struct {
     int64_t k, block, span;
 } activations;
 
+/* By bits: the channel of each byte of 16 (of 3 bits, 32) channels' codes, as the shifts in linear.inc.c take them apart. */
+static const uint8_t orders[9][32] = {
+    [2] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
+    [3] = {0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31},
+    [4] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15},
+    [8] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+};
+
 #if defined(__x86_64__)
 #define ISA 3
 #include "linear.inc.c"
@@ -57,37 +65,6 @@ typedef struct {
 #endif
 #define ISA 0
 #include "linear.inc.c"
-
-/* By bits: the channel of each byte of 16 (of 3 bits, 32) channels' codes, as the shifts in linear.inc.c take them apart. */
-static const uint8_t orders[9][32] = {
-    [2] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
-    [3] = {0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31},
-    [4] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15},
-    [8] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-};
-
-/* One token's codes. bits: of the four strips of each 64 channels. */
-static void quantize(const activations *a, int64_t m, const int *bits) {
-    int8_t natural[64], *codes = (int8_t *)a->codes + m * a->k;
-    for (int64_t start = 0; start < a->k; start += a->block) {
-        const float *x = a->exact + m * a->k + start;
-        float most = 0, odd = 0; /* NaN where an activation is not finite, which no code could say */
-        for (int64_t i = 0; i < a->block; i++) most = fmaxf(most, fabsf(x[i])), odd += 0 * x[i];
-        float inverse = most > 0 ? 127 / most : 0;
-        a->scales[(m * a->k + start) / a->block] = most / 127 + odd;
-        for (int64_t i = 0; i < a->block; i++) natural[i] = (int8_t)lrintf(x[i] * inverse);
-        for (int64_t i = 0, step; i < a->block; i += step) {
-            int width = bits[(start + i) / 16 % 4];
-            step = width == 3 ? 32 : 16;
-            for (int64_t j = 0; j < step; j++) codes[start + i + j] = natural[i + orders[width][j]];
-        }
-        for (int64_t i = 0; i < a->block; i += a->span) {
-            int32_t sum = 0;
-            for (int64_t j = 0; j < a->span; j++) sum += natural[i + j];
-            a->sums[(m * a->k + start + i) / a->span] = (float)sum;
-        }
-    }
-}
 
 /* 3: AVX-512 with VNNI; 2: AVX-512; 1: AVX2; 0: any processor. */
 int bitshard_instruction_set(void) {
@@ -101,12 +78,15 @@ int bitshard_instruction_set(void) {
 }
 
 typedef void kernel(const void *, int64_t, const activations *, int64_t, int64_t, float *);
+typedef void quantizer(const activations *, int64_t, const int *);
 #if defined(__x86_64__)
 static kernel *const mix64_kernels[] = {mix64_rows_isa0, mix64_rows_isa1, mix64_rows_isa2, mix64_rows_isa3};
 static kernel *const gptq_kernels[] = {gptq_rows_isa0, gptq_rows_isa1, gptq_rows_isa2, gptq_rows_isa3};
+static quantizer *const quantizers[] = {quantize_isa0, quantize_isa1, quantize_isa2, quantize_isa3};
 #else
 static kernel *const mix64_kernels[] = {mix64_rows_isa0};
 static kernel *const gptq_kernels[] = {gptq_rows_isa0};
+static quantizer *const quantizers[] = {quantize_isa0};
 #endif
 
 static float half(uint16_t bits) {
@@ -122,10 +102,11 @@ static void add_outliers(const mix64 *w, const float *x, float *y, int64_t row, 
     }
 }
 
-/* y [M, n] = x times w, a group of rows and at most `most` tokens at a time. outliers: NULL, or a weight that may have them. */
+/* y [M, n] = x times w, a group of rows and at most `most` tokens at a time. outliers: NULL, or a weight that may have them;
+   quantize: NULL for activations as they are. */
 static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outliers, int64_t n, activations *a,
-                    const int *bits, float *y, int64_t tokens, int bits8, int threads) {
-    if (bits8) {
+                    quantizer *quantize, const int *bits, float *y, int64_t tokens, int threads) {
+    if (quantize) {
         a->codes = malloc(tokens * a->k);
         a->scales = malloc(tokens * (a->k / a->block + a->k / a->span) * sizeof(float));
         if (!a->codes || !a->scales) return free(a->codes), free(a->scales), -1;
@@ -133,7 +114,7 @@ static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outli
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (bits8) {
+        if (quantize) {
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < tokens; m++) quantize(a, m, bits);
         }
@@ -168,7 +149,7 @@ int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t 
     activations a = {.exact = x, .k = blocks * 64, .block = 64, .span = 16};
     int bits[4];
     for (int s = 0; s < 4; s++) bits[s] = s < wide ? 4 : 2;
-    return multiply(mix64_kernels[isa], 8, &w, &w, n, &a, bits, y, tokens, bits8, threads);
+    return multiply(mix64_kernels[isa], 8, &w, &w, n, &a, bits8 ? quantizers[isa] : NULL, bits, y, tokens, threads);
 }
 
 /* y [M, n] = x [M, k] times w. k and group_size are whole strips of 16 channels, of 32 for 3 bits. */
@@ -179,5 +160,5 @@ int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k
     while (group_size % block) block /= 2;
     activations a = {.exact = x, .k = k, .block = block, .span = block};
     int bits[4] = {width, width, width, width};
-    return multiply(gptq_kernels[isa], 4, &w, NULL, n, &a, bits, y, tokens, bits8, threads);
+    return multiply(gptq_kernels[isa], 4, &w, NULL, n, &a, bits8 ? quantizers[isa] : NULL, bits, y, tokens, threads);
 }

@@ -4,6 +4,50 @@
 
 #define LOAD(type, pointer) (*(const FN(type) *)(pointer))
 
+typedef int8_t FN(v16) __attribute__((vector_size(16)));
+typedef int8_t FN(v16_mem) __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t FN(v8_mem) __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* One token's codes, nearest even. bits: of the four strips of each 64 channels. Number by number, with the C library's
+   fmaxf and lrintf, this was a fifth of a product with one token. */
+static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits) {
+    int8_t natural[64], *codes = (int8_t *)a->codes + m * a->k;
+    const VF to_integer = (VF){0} + 0x1.8p23f; /* added, leaves a small number's nearest integer in the low bits */
+    for (int64_t start = 0; start < a->k; start += a->block) {
+        const float *x = a->exact + m * a->k + start;
+        VI most = {0}; /* magnitudes order as their bits do, and what is not finite comes last */
+        for (int64_t i = 0; i < a->block; i += LANES) {
+            VI magnitude = (VI)LOAD(vf_mem, x + i) & 0x7FFFFFFF, more = magnitude > most;
+            most = (magnitude & more) | (most & ~more);
+        }
+        int32_t most_bits = 0;
+        for (int lane = 0; lane < LANES; lane++) most_bits = most[lane] > most_bits ? most[lane] : most_bits;
+        float largest, inverse;
+        memcpy(&largest, &most_bits, sizeof(float));
+        inverse = largest > 0x1p-120f ? 127 / largest : 0; /* of less it would not be finite */
+        /* NaN where an activation is not finite, which no code could say */
+        a->scales[(m * a->k + start) / a->block] = most_bits < 0x7F800000 ? largest / 127 : NAN;
+        for (int64_t i = 0; i < a->block; i += LANES) {
+            VI code = (VI)(LOAD(vf_mem, x + i) * inverse + to_integer) - (VI)to_integer;
+            *(FN(v8_mem) *)(natural + i) = __builtin_convertvector(code, FN(v8_mem));
+        }
+        for (int64_t i = 0, step; i < a->block; i += step) {
+            int width = bits[(start + i) / 16 % 4];
+            step = width == 3 ? 32 : 16;
+            if (width == 3)
+                for (int64_t j = 0; j < step; j++) codes[start + i + j] = natural[i + orders[width][j]];
+            else
+                *(FN(v16_mem) *)(codes + start + i) =
+                    __builtin_shuffle((FN(v16))LOAD(v16_mem, natural + i), (FN(v16))LOAD(v16_mem, orders[width]));
+        }
+        for (int64_t i = 0; i < a->block; i += a->span) {
+            int32_t sum = 0;
+            for (int64_t j = 0; j < a->span; j++) sum += natural[i + j];
+            a->sums[(m * a->k + start + i) / a->span] = (float)sum;
+        }
+    }
+}
+
 /* LANES rows' words of one strip of 16 channels, and what its codes mean. */
 typedef struct {
     int wide; /* 4-bit codes in two words, not 2-bit ones in one */
