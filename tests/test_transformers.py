@@ -9,10 +9,13 @@ import torch
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
 from bitshard.errors import PlanError
+from bitshard.generate import GenerateOptions, generate
 from bitshard.integrations.transformers import load, require_degree
 from bitshard.nn import QuantLinear
 from bitshard.parallel import STRATEGIES, Strategy, count_collectives, launch
-from bitshard.spec import QuantSpec
+from bitshard.spec import MixSpec, QuantSpec
+from commands import refusal
+from dense import character_tokenizer
 from factory import ASSETS, CONFIGS, dense_model, random_checkpoint, token_ids
 
 SPEC = QuantSpec(4, 16, sym=False, desc_act=True)
@@ -142,3 +145,36 @@ def test_compile_and_meta(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
     assert layer.to("meta")(x.to("meta")).shape == (3, 64)
+
+
+@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in ("chatglm", "mixtral")])
+@pytest.mark.parametrize("spec", [SPEC, MixSpec()])
+def test_a_whole_model_is_one_graph(spec: QuantSpec | MixSpec, model_type: str, tmp_path: Path) -> None:
+    """fullgraph: a break is an error."""
+    path = random_checkpoint(tmp_path / "in", model_type, spec, outliers=0.02 if isinstance(spec, MixSpec) else 0)
+    for backend in ("exact", "auto"):
+        model, ids = load(path, backend=backend), token_ids(CONFIGS[model_type]["vocab_size"], shape=IDS)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        torch.compiler.reset()
+
+
+def test_a_compiled_step_writes_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_checkpoint(tmp_path / "in", "llama", MixSpec())
+    character_tokenizer().save_pretrained(path)
+    runs = [generate(path, "Hello", GenerateOptions(12, compile=compile)) for compile in (False, True)]
+    assert runs[0].token_ids == runs[1].token_ids and len(runs[0].token_ids) == 12
+    assert runs[0].compile_seconds is None and (runs[1].compile_seconds or 0) > runs[1].seconds
+    torch.compiler.reset()
+    options = "generate", path, "Hello", "--compile"
+    assert "--compile: found 2 ranks; allowed: one rank" in refusal(*options, "--tp", 2)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert "allowed: a working C++ compiler" in refusal(*options)
+
+
+def test_a_mixture_of_experts_is_not_compiled(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "in", "mixtral", MixSpec())
+    character_tokenizer().save_pretrained(path)
+    assert "--compile: found model_type mixtral" in refusal("generate", path, "Hello", "--compile")

@@ -534,6 +534,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="For a temperature above 0.", min=0, max=MAX_SEED)] = 0,
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
     backend: Backend = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile a token's step first: a minute once, then faster tokens.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Text, streamed to the terminal, on one rank or on T. Under torchrun, this process is one of the ranks."""
@@ -542,12 +545,15 @@ def generate(
     from bitshard.parallel import parse_strategy
     from bitshard.sources import resolve
 
-    options = GenerateOptions(max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend)
+    options = GenerateOptions(
+        max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend, compile=compile
+    )
     report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
     if os.environ.get("RANK", "0") != "0":
         return
     sent = f"{report.traffic.total_calls} collectives and {_size(report.traffic.total_bytes)} per token"
-    err_console.print(f"{report.tokens_per_second:.2f} tokens/s on {tp} rank(s), {sent}", highlight=False)
+    compiled = "" if report.compile_seconds is None else f", after {report.compile_seconds:.0f} s of compiling"
+    err_console.print(f"{report.tokens_per_second:.2f} tokens/s on {tp} rank(s), {sent}{compiled}", highlight=False)
     _emit(report, as_json)
 
 

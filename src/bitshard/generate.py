@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TextStreamer
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from bitshard.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ LEAST_TEMPERATURE = 1e-6  # less is greedy, and soon divides logits to infinity
 @dataclass(frozen=True)
 class GenerateOptions:
     """temperature 0 is greedy. chat: wrap the prompt in the tokenizer's chat template if it has one. backend: see
-    kernels; "auto" is the fastest.
+    kernels; "auto" is the fastest. compile: make one graph of a token's step before the clock runs.
     """
 
     max_new_tokens: int = 64
@@ -36,6 +37,7 @@ class GenerateOptions:
     chat: bool = True
     stream: bool = False
     backend: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -50,7 +52,10 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """The new text, and the measurements of the run on rank 0. traffic: collectives of one decoded token."""
+    """The new text, and the measurements of the run on rank 0. traffic: collectives of one decoded token.
+
+    compile_seconds: what compiling took before `seconds` began, None without.
+    """
 
     text: str
     token_ids: list[int]
@@ -60,6 +65,7 @@ class Generation:
     tokens_per_second: float
     traffic: Traffic
     weight_bytes_per_rank: int
+    compile_seconds: float | None = None
 
 
 def generate(
@@ -68,8 +74,11 @@ def generate(
     """Continue `prompt` with the checkpoint `path` on `tp_size` ranks.
 
     Inside a torchrun job of that size this process is one of its ranks; otherwise the ranks are started here.
-    Raises PlanError when the degree or strategy does not fit, before any rank starts.
+    Raises PlanError when the degree or strategy does not fit, before any rank starts, and SpecError when the model's
+    step cannot be compiled.
     """
+    if options.compile and tp_size > 1:
+        raise SpecError("--compile", f"{tp_size} ranks", "one rank", "leave it out, or choose --tp 1")
     checkpoint = Checkpoint.open(path)
     if checkpoint.quantization is not None:
         checkpoint.check_matrices()
@@ -93,17 +102,25 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
     first_rank = not dist.is_initialized() or dist.get_rank() == 0
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    compile_seconds: float | None = None
+    guards: AbstractContextManager[None] = nullcontext()
+    if options.compile:
+        start = time.perf_counter()
+        sampling |= _compiled(model, inputs, options.max_new_tokens)
+        compile_seconds = time.perf_counter() - start
+        # every step is the one that has been compiled; to ask whether it is took 1.9 ms of a token's 25
+        guards = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), guards:
         ids = model.generate(
             **inputs,
             **sampling,
             max_new_tokens=options.max_new_tokens,
             streamer=streamer if options.stream and first_rank else None,
         )
-        seconds = time.perf_counter() - start
-        with count_collectives() as traffic:
-            model(ids[:, -1:])
+    seconds = time.perf_counter() - start
+    with torch.no_grad(), count_collectives() as traffic:
+        model(ids[:, -1:])
     new_ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return Generation(
         text=tokenizer.decode(new_ids, skip_special_tokens=True),
@@ -114,7 +131,40 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
         tokens_per_second=len(new_ids) / seconds,
         traffic=traffic,
         weight_bytes_per_rank=sum(p.numel() * p.element_size() for p in model.parameters()),
+        compile_seconds=compile_seconds,
     )
+
+
+class _Until(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+def _compiled(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `model.generate` that run a compiled step over a cache of fixed length; it is compiled here."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not model._can_compile_fullgraph or not (quantizer is None or quantizer.is_compileable):
+        raise SpecError(
+            "--compile", f"model_type {model.config.model_type}", "a step that is one graph, no mixture of experts",
+            "leave it out",
+        )  # fmt: skip
+    config = CompileConfig(fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # processors too
+    settings = {"cache_implementation": "static", "compile_config": config}
+    until = inputs["input_ids"].shape[1] + 3  # the first comes of the prompt, the second compiles, the third must not
+    try:
+        with torch.no_grad():
+            model.generate(**inputs, **settings, max_new_tokens=max_new_tokens, stopping_criteria=[_Until(until)])
+    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for example
+        says = str(error).strip().splitlines()
+        raise SpecError(
+            "--compile", f"{type(error).__name__}: {says[0] if says else ''}", "a working C++ compiler",
+            "install one, g++ for example, or leave it out",
+        ) from None  # fmt: skip
+    return settings
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

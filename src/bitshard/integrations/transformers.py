@@ -320,6 +320,11 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Which experts a token goes to is found out in Python."""
+        return not self.plan.arch.mlp.experts
+
 
 def _hoist(block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
     """One gather of the norm's output instead of one in each matrix that reads it."""

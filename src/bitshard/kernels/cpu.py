@@ -17,7 +17,8 @@ from bitshard.spec import BLOCK
 
 NO_OUTLIERS = (None, None, None)
 INSTRUCTION_SETS = ("any processor", "AVX2", "AVX-512", "AVX-512 with VNNI")
-
+# weights times tokens: two threads took 10 us for 128 x 896 weights, of which one alone takes 6
+WORTH_A_THREAD = 1 << 18
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 FUNCTIONS = {  # x, y, tokens, sizes, width, tensors, bits8, instruction set, threads
@@ -89,12 +90,14 @@ def _call(
     bits8: bool,
 ) -> torch.Tensor:
     """Little Python: every microsecond here is one for each matrix of each token."""
+    k = x.shape[-1]
     exact = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     y = exact.new_empty(*x.shape[:-1], out_features)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    tokens = exact.numel() // x.shape[-1]
+    tokens = exact.numel() // k
+    threads = min(torch.get_num_threads(), 1 + tokens * k * out_features // WORTH_A_THREAD)
     failed = getattr(library(), function)(
-        exact.data_ptr(), y.data_ptr(), tokens, *sizes, *pointers, bits8, instruction_set(), torch.get_num_threads()
+        exact.data_ptr(), y.data_ptr(), tokens, *sizes, *pointers, bits8, instruction_set(), threads
     )
     if failed:
         raise MemoryError(f"{function}: {tokens} tokens")
