@@ -125,7 +125,7 @@ static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outli
                 int64_t first = group * ROWS, rows = n - first < ROWS ? n - first : ROWS;
                 for (int64_t m = panel, step; m < end; m += step) {
                     float out[MOST_TOKENS * ROWS];
-                    step = end - m >= most ? most : end - m >= 4 ? 4 : 1;
+                    for (step = most; step > end - m;) step /= 2;
                     run(w, group, a, m, step, out);
                     for (int64_t t = 0; t < step; t++)
                         memcpy(y + (m + t) * n + first, out + t * ROWS, rows * sizeof(float));

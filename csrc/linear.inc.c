@@ -153,10 +153,12 @@ static TARGET void FN(mix64_rows)(const void *weight, int64_t group, const activ
     if (a->codes) {
         if (tokens == 8) FN(mix64_int8)(w, group, a, m, 8, y);
         else if (tokens == 4) FN(mix64_int8)(w, group, a, m, 4, y);
+        else if (tokens == 2) FN(mix64_int8)(w, group, a, m, 2, y);
         else FN(mix64_int8)(w, group, a, m, 1, y);
     } else {
         if (tokens == 8) FN(mix64_float)(w, group, x, 8, y);
         else if (tokens == 4) FN(mix64_float)(w, group, x, 4, y);
+        else if (tokens == 2) FN(mix64_float)(w, group, x, 2, y);
         else FN(mix64_float)(w, group, x, 1, y);
     }
 }
@@ -264,12 +266,14 @@ INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t rows, const float *x
     }
 }
 
+#define TOKENS(b, T)                                                                                \
+    if (tokens == T) {                                                                              \
+        if (a->codes) FN(gptq_int8)(w, b, rows, a, m, T, y);                                        \
+        else FN(gptq_float)(w, b, rows, a->exact + m * w->k, T, y);                                 \
+    }
 #define BITS(b)                                                                                     \
     if (w->bits == b) {                                                                             \
-        if (a->codes && tokens == 4) FN(gptq_int8)(w, b, rows, a, m, 4, y);                       \
-        else if (a->codes) FN(gptq_int8)(w, b, rows, a, m, 1, y);                                 \
-        else if (tokens == 4) FN(gptq_float)(w, b, rows, a->exact + m * w->k, 4, y);              \
-        else FN(gptq_float)(w, b, rows, a->exact + m * w->k, 1, y);                               \
+        TOKENS(b, 1) else TOKENS(b, 2) else TOKENS(b, 4)                                            \
     }
 
 static TARGET void FN(gptq_rows)(const void *weight, int64_t rows, const activations *a, int64_t m, int64_t tokens, float *y) {
@@ -277,6 +281,7 @@ static TARGET void FN(gptq_rows)(const void *weight, int64_t rows, const activat
     BITS(2) BITS(3) BITS(4) BITS(8)
 }
 #undef BITS
+#undef TOKENS
 
 #undef ISA
 #undef LANES
