@@ -96,6 +96,7 @@ inline unsigned scale_pair(unsigned codes, unsigned steps, unsigned offsets) {
 inline unsigned low_halves(unsigned a, unsigned b) { return a & 0xFFFF | b << 16; }
 inline unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | b & 0xFFFF0000u; }
 
+inline unsigned kept(unsigned value) { return value; }
 inline unsigned address_of(const uint4* shared) { return (unsigned)((char*)shared - (char*)block_shared); }
 
 inline void copy_async(unsigned address, const uint4* global) {

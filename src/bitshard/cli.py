@@ -535,7 +535,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
     backend: Backend = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile a token's step first: a minute once, then faster tokens.")
+        bool, typer.Option("--compile", help="Compile a token's step first: half a minute once, for long texts.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -92,17 +92,20 @@ def ungroup_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
+METADATA_BITS = {"qscales": 4, "qzeros": 2}  # of a strip's code
+
 # A record of a GPU: what 16 output channels have of two blocks, eight strips. In words of 32 bits:
 #
 #   4-bit strips, in order            32 words each, one for each lane
 #   2-bit strips, in order, in pairs  32 words each pair
-#   scale codes                       [2 blocks, 16 rows] int16, as in the file
-#   zero codes                        [2 blocks, 16 rows] uint8
+#   scale codes                       int16 for each lane
+#   zero codes                        uint8 for each lane
 #
 # Lane 4 g + t has rows g and g + 8 and channels 4 t to 4 t + 3 of a strip: what it multiplies as the operand A of
 # mma.m16n8k16, so that its four fragments are pairs of channels (0, 1) of row g, of row g + 8, (2, 3) of g, of g + 8.
 # A pair's codes stand 16 bits apart, fragment i of a 4-bit strip at bits 4 i and 16 + 4 i, of a 2-bit strip at 2 i and
-# 16 + 2 i, and of the second strip of a word 8 bits higher.
+# 16 + 2 i, and of the second strip of a word 8 bits higher. Its scale codes, and its zero codes, are those of strips 2 t
+# and 2 t + 1 of row g, then of row g + 8, from the lowest bits up: what it scales when a column of the product is a strip.
 
 
 def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor | None] | None:
@@ -126,10 +129,13 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     words4 = (codes[:, :, wide] << shifts4.to(codes.device)).sum((4, 5), dtype=torch.int32)
     pairs = codes[:, :, ~wide].reshape(*codes.shape[:2], -1, 2, 32, 2, 4).transpose(3, 4)
     words2 = (pairs << shifts2.to(codes.device)).sum((4, 5, 6), dtype=torch.int32)
-    metadata = [
-        _fill(tensors[suffix], -n % ROWS, odd).view(row_tiles, ROWS, -1, 2).permute(0, 2, 3, 1).flatten(2).contiguous()
-        for suffix in ("qscales", "qzeros")
-    ]
+    metadata = []
+    for suffix, bits in METADATA_BITS.items():
+        of_strips = tensors[suffix].int()[..., None] >> torch.arange(0, 4 * bits, bits, device=codes.device)
+        of_lanes = _fill(of_strips.flatten(1) & (1 << bits) - 1, -n % ROWS, odd * 4)
+        of_lanes = of_lanes.view(row_tiles, 2, 8, -1, 4, 2).permute(0, 3, 2, 4, 1, 5).reshape(row_tiles, -1, 32, 4)
+        packed = (of_lanes << torch.arange(0, 4 * bits, bits, device=codes.device)).sum(-1)
+        metadata.append(packed.to(Mix64Layout.dtypes[suffix]))
     parts = [words4.flatten(2), words2.flatten(2), *(part.view(torch.int32) for part in metadata)]
     scales2 = _fill(tensors["scales2"].flatten(1), 0, odd * 8).view(len(tensors["scales2"]), -1, 2)
     return {**dict.fromkeys(PARTS), "qweight": torch.cat(parts, dim=2), "scales2": scales2.contiguous()}
@@ -149,9 +155,11 @@ def mix64_from_lanes(
     codes[:, :, ~wide] = pairs.transpose(3, 4).flatten(2, 3).byte()
     codes = codes.view(row_tiles, count, 8, 8, 4, 2, 2, 2).permute(0, 7, 3, 1, 2, 4, 6, 5)
     found = pack_strips(codes.reshape(row_tiles * ROWS, -1)[:rows, : blocks * BLOCK], spec)
-    for suffix, part in zip(("qscales", "qzeros"), metadata, strict=True):
-        own = part.contiguous().view(Mix64Layout.dtypes[suffix]).view(row_tiles, count, 2, ROWS).permute(0, 3, 1, 2)
-        found[suffix] = own.reshape(row_tiles * ROWS, -1)[:rows, :blocks].contiguous()
+    for (suffix, bits), part in zip(METADATA_BITS.items(), metadata, strict=True):
+        packed, shifts = part.contiguous().view(Mix64Layout.dtypes[suffix]), torch.arange(0, 4 * bits, bits).to(part.device)
+        of_lanes = packed.int()[..., None] >> shifts & (1 << bits) - 1  # record lane, half parity
+        of_strips = of_lanes.view(row_tiles, count, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(-1, 2 * count, 4)
+        found[suffix] = (of_strips[:rows, :blocks] << shifts).sum(-1).to(packed.dtype)
     return {**tensors, **found, "scales2": tensors["scales2"][:, : 4 * blocks].contiguous()}
 
 

@@ -1,9 +1,9 @@
 // mix64 weights times a few tokens on a GPU (sm_80 and later): y[m, n] = sum_k x[m, k] w[n, k].
 //
-// A block of threads has 16 output channels; its warps take the records of their row of records in turn (records.py says
-// what is in one: two blocks of 64 channels, eight strips) and add up at the end. Every warp has a ring of records in
-// shared memory that asynchronous copies fill: while one is multiplied, STAGES - 1 are on their way (2311.16442, fig.
-// "asynchronous dequantization"). Nothing but the end needs all warps at once.
+// A block of threads has 16 output channels; its warps take the records of their row of records in turn, two at a time
+// (records.py says what is in one: two blocks of 64 channels, eight strips), and add up at the end. Every warp has a ring
+// of pairs in shared memory that asynchronous copies fill: while one is multiplied, STAGES - 1 are on their way
+// (2311.16442, fig. "asynchronous dequantization"). Nothing but the end needs all warps at once.
 //
 // Codes go into the tensor core as they are. `word & 0x00030003` is two float16 subnormals, code * 2^-24, exact, and the
 // sum of code * x is scaled once for a strip: y += factor * (sum of code * x - zero * sum of x), where the sums of x are
@@ -56,11 +56,14 @@ __device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) { return
 
 __device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
 
-// volatile, as the compiler would rather find it again for every use
+// kept in a register, as the compiler would rather find it again for every use
+__device__ __forceinline__ unsigned kept(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 __device__ __forceinline__ unsigned address_of(const uint4* shared) {
-    unsigned address;
-    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"((unsigned)__cvta_generic_to_shared(shared)));
-    return address;
+    return kept((unsigned)__cvta_generic_to_shared(shared));
 }
 
 __device__ __forceinline__ void copy_async(unsigned shared, const uint4* global) {
@@ -92,10 +95,12 @@ constexpr int GROUP = STRIPS / COLUMNS;                              // strips t
 constexpr int TOKENS = COLUMNS * TILES;                              // of a block of threads
 constexpr int WORDS = 32 * (2 * WIDE + (4 - WIDE));                  // of codes, in a record
 constexpr int RECORD = (WORDS * 4 + ROWS * 2 * 3) / 16;              // in units of 16 bytes
-constexpr int STAGE = RECORD + STRIPS * 4 / 16;                      // and with the second order of its scales
-constexpr int PAIRS = STRIPS * ROWS * 8 / 16;                        // a factor and a zero for each strip and row
+constexpr int SECOND = STRIPS * 4 / 16;                              // the second order of its scales
+constexpr int PAIR = 2;                                              // records of a turn, side by side in memory
+constexpr int STAGE = PAIR * (RECORD + SECOND);
+constexpr int PAIRS = COLUMNS > 1 ? STRIPS * ROWS * 8 / 16 : 0;      // a factor and a zero for each strip and row
 constexpr int WARP_SHARED = STAGES * STAGE + PAIRS;
-constexpr int COPIES = (STAGE + 31) / 32;                            // of a lane, for a record
+constexpr int COPIES = (STAGE + 31) / 32;                            // of a lane, for a turn
 constexpr unsigned BIAS = BFLOAT ? 0x43004300u : 0;                  // of two codes: 128, or nothing
 constexpr float UNIT = BFLOAT ? 1.f : 1.f / 16777216.f;              // of a code as the tensor core sees it
 constexpr unsigned ONES = BFLOAT ? 0x3F803F80u : 0x3C003C00u;
@@ -119,64 +124,60 @@ __device__ __forceinline__ void fragments(unsigned (&a)[4], const unsigned* word
     }
 }
 
-// A record's scales from second to first order, by all lanes, four each: pairs [strip, row] of a scale and the zero, in
-// units of what the tensor core sees as codes. Two strips at a time, side by side in a word.
-__device__ __forceinline__ void expand_scales(float2* pairs, const uint4* stage, int lane) {
-    const int row = lane % ROWS, block = lane / ROWS, larger = row < 8 ? 0 : 2;
-    const u8* metadata = (const u8*)stage + WORDS * 4;  // a scale code's two bytes and a zero code's one for every lane
-    const uint4 second = *(const uint4*)((const u8*)stage + RECORD * 16 + 16 * block);  // step and offset of four strips
-    const unsigned steps[2] = {low_halves(second.x, second.y), low_halves(second.z, second.w)};
-    const unsigned offsets[2] = {high_halves(second.x, second.y), high_halves(second.z, second.w)};
-    const unsigned codes = *(const u16*)(metadata + 2 * lane), apart = codes | codes << 12;             // strips 0, 2 | 1, 3
-    const unsigned zeros = (unsigned)metadata[2 * 32 + lane] << larger, zeros_apart = zeros | zeros << 14;
-    float2* own = pairs + block * 4 * ROWS + row;
+// A lane's share of a record's scales, from second to first order: strips 2 t and 2 t + 1 of row g, then of row g + 8,
+// each a scale and the zero, in units of what the tensor core sees as codes. Two strips at a time, side by side in a word.
+// second: step and offset of both; base: what zeros are counted from.
+__device__ __forceinline__ void first_order(float2 (&pairs)[4], unsigned codes, unsigned zeros, uint2 second, unsigned base) {
+    const unsigned steps = low_halves(second.x, second.y), offsets = high_halves(second.x, second.y);
+    const unsigned codes_apart = codes | codes << 12, zeros_apart = zeros | zeros << 14;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const unsigned scale = scale_pair(apart >> 4 * i & 0x000F000Fu, steps[i / 2], offsets[i / 2]);
-        const unsigned base = (i < WIDE ? 6 : 0) + (i + 1 < WIDE ? 6 << 16 : 0);
-        const unsigned zero = (zeros_apart >> 2 * i & 0x00030003u << larger) + (base << larger) | BIAS;
-        own[i * ROWS] = make_float2(half_value((u16)scale), value_of((u16)zero));
-        own[(i + 1) * ROWS] = make_float2(half_value((u16)(scale >> 16)), value_of((u16)(zero >> 16)));
+    for (int half = 0; half < 2; half++) {
+        const unsigned scale = scale_pair(codes_apart >> 8 * half & 0x000F000Fu, steps, offsets);
+        const unsigned zero = (zeros_apart >> 2 * half & 0x00030003u << 2 * half) + (base << 2 * half) | BIAS;
+        pairs[2 * half] = make_float2(half_value((u16)scale), value_of((u16)zero));
+        pairs[2 * half + 1] = make_float2(half_value((u16)(scale >> 16)), value_of((u16)(zero >> 16)));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decode(
     const uint4* __restrict__ records, const uint4* __restrict__ scales2, const u16* __restrict__ x, u16* __restrict__ y,
     const int* __restrict__ outlier_rows, const u16* __restrict__ outlier_columns, const u16* __restrict__ outlier_values,
     float* partial, unsigned* arrived, int tokens, int n, int k) {
     SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row_tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y, first_token = blockIdx.z * TOKENS;
-    const int count = (k + CHANNELS - 1) / CHANNELS, start = split * WARPS + warp, stride = splits * WARPS;
+    const int count = k / CHANNELS, start = PAIR * (split * WARPS + warp), stride = PAIR * splits * WARPS;
     uint4* ring = shared + warp * WARP_SHARED;
     float2* pairs = (float2*)(ring + STAGES * STAGE);
     const uint4* own_records = records + (long long)row_tile * count * RECORD;
-    const uint4* own_scales2 = scales2 + (long long)(row_tile / 4) * count * (STAGE - RECORD);
+    const uint4* own_scales2 = scales2 + (long long)(row_tile / 4) * count * SECOND;
 
     const uint4* source[COPIES];
-    int source_step[COPIES];
+    int source_step[COPIES], last[COPIES];  // last: the first record of the last turn that has this unit
 #pragma unroll
     for (int c = 0; c < COPIES; c++) {
-        const int i = lane + 32 * c, length = i < RECORD ? RECORD : STAGE - RECORD;
-        source[c] = (i < RECORD ? own_records + i : own_scales2 + i - RECORD) + (long long)start * length;
+        const bool of_record = 32 * c + 31 < PAIR * RECORD || lane + 32 * c < PAIR * RECORD;
+        const int i = lane + 32 * c - (of_record ? 0 : PAIR * RECORD), length = of_record ? RECORD : SECOND;
+        source[c] = (of_record ? own_records : own_scales2) + i + (long long)start * length;
         source_step[c] = stride * length;
+        last[c] = lane + 32 * c < STAGE ? count - 1 - i / length : -1;
     }
     const unsigned ring_address = address_of(ring + lane);
-    int filling = start, at = 0;  // of the stage that is filled next, which is the one that was filled first
+    int filling = start, at = 0;  // at: bytes, of the stage that is filled next, which is the one that was filled first
     const auto fill = [&]() {
 #pragma unroll
         for (int c = 0; c < COPIES; c++) {
-            if (filling < count && lane + 32 * c < STAGE) copy_async(ring_address + 16 * (at + 32 * c), source[c]);
+            if (filling <= last[c]) copy_async(ring_address + at + 16 * 32 * c, source[c]);
             source[c] += source_step[c];
         }
         commit();
-        filling += stride, at = at < (STAGES - 1) * STAGE ? at + STAGE : 0;
+        filling += stride, at = at < (STAGES - 1) * STAGE * 16 ? at + STAGE * 16 : 0;
     };
 
     // x of a lane: four channels of token g % COLUMNS, in the strip that this column of each product stands for. Nothing
     // is read conditionally, which would make the load be waited for at once: a token or a record that does not exist is
-    // the last one, and strips 4 to 7 of half a record are strips 0 to 3, whose scales there are zero.
-    unsigned x_now[COLUMNS][TILES][2], x_next[COLUMNS][TILES][2];
+    // the last one. even, odd: of the first and the second record of a turn.
+    unsigned x_even[COLUMNS][TILES][2], x_odd[COLUMNS][TILES][2];
     const u16* x_at[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -184,40 +185,42 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
         x_at[tile] = x + (long long)token * k + g / COLUMNS * 16 + 4 * t;
     }
     const auto read_x = [&](unsigned(&into)[COLUMNS][TILES][2], int record) {
-        record = min(record, count - 1);
-        const int back = (record + 1) * CHANNELS > k ? CHANNELS / 2 : 0;
+        const int channel = min(record, count - 1) * CHANNELS;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
             for (int q = 0; q < COLUMNS; q++) {
-                const bool second = COLUMNS == 1 ? g >= 4 : q * GROUP >= 4;  // of the record's blocks
-                const int channel = record * CHANNELS + q * GROUP * 16 - (second ? back : 0);
-                const uint2 four = *(const uint2*)(x_at[tile] + channel);
+                const uint2 four = *(const uint2*)(x_at[tile] + channel + q * GROUP * 16);
                 into[q][tile][0] = four.x, into[q][tile][1] = four.y;
             }
         }
     };
 
-    const unsigned ones[4] = {ONES, ONES, ONES, ONES};
+    const unsigned one = kept(ONES), ones[4] = {one, one, one, one};
+    unsigned own_strip[GROUP];  // all ones where this column stands for strip i: as predicates, made anew in every turn
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) own_strip[i] = kept(g / COLUMNS == i ? ~0u : 0);
+    const unsigned base = kept((is_wide(2 * t) ? 6 : 0) + (is_wide(2 * t + 1) ? 6 << 16 : 0));
     // tokens are never negative, which the compiler cannot know: a mask and a bias in one instruction need a register
     const unsigned bias = BFLOAT ? BIAS + (tokens < 0) : 0;
-    for (int i = 0; i < STAGES - 1; i++) fill();
-    if (PREFETCH) read_x(x_now, start);
+    // where a lane finds its words, scale codes, zero codes and the second order in a stage
+    const unsigned own = warp * WARP_SHARED * 16, at_words = kept(own + 4 * lane), at_codes = kept(own + WORDS * 4 + 2 * lane);
+    const unsigned at_zeros = kept(own + WORDS * 4 + 64 + lane), at_second = kept(own + PAIR * RECORD * 16 + 8 * t);
+
     float sums[TILES][4] = {};
-    for (int record = start; record < count; record += stride) {
-        __syncwarp();  // everybody has read what is overwritten now
-        fill();
-        wait<STAGES - 1>();
-        __syncwarp();  // everybody's copies of this record have arrived
-        if (PREFETCH) {
-            read_x(x_next, record + stride);
-        } else {
-            read_x(x_now, record);
+    const auto multiply_record = [&](const unsigned(&x_now)[COLUMNS][TILES][2], int which) {
+        const u8* stage = (const u8*)shared + at;
+        const unsigned* words = (const unsigned*)(stage + at_words + which * RECORD * 16);
+        const unsigned codes = *(const u16*)(stage + at_codes + which * RECORD * 16);
+        const unsigned zeros = stage[at_zeros + which * RECORD * 16];
+        float2 own_pairs[4];
+        first_order(own_pairs, codes, zeros, *(const uint2*)(stage + at_second + which * SECOND * 16), base);
+        if (COLUMNS > 1) {  // others need them: [strip, row]
+            __syncwarp();  // everybody has read those before
+#pragma unroll
+            for (int i = 0; i < 4; i++) pairs[(2 * t + i % 2) * ROWS + g + 8 * (i / 2)] = own_pairs[i];
+            __syncwarp();
         }
-        const uint4* stage = ring + at;
-        expand_scales(pairs, stage, lane);
-        __syncwarp();
-        const unsigned* words = (const unsigned*)stage + lane;
 #pragma unroll
         for (int q = 0; q < COLUMNS; q++) {
             float products[TILES][4] = {}, sums_x[TILES][4] = {};
@@ -227,9 +230,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
                 fragments(a, words, q * GROUP + i, bias);
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
-                    const bool own = g / COLUMNS == i;
-                    const unsigned b[2] = {own ? x_now[q][tile][0] : 0, own ? x_now[q][tile][1] : 0};
-                    multiply(products[tile], a, b);
+                    const unsigned b[2] = {x_now[q][tile][0] & own_strip[i], x_now[q][tile][1] & own_strip[i]};
+                    multiply(products[tile], a, GROUP > 1 ? b : x_now[q][tile]);
                 }
             }
 #pragma unroll
@@ -237,7 +239,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
 #pragma unroll
             for (int e = 0; e < 2; e++) {  // of columns 2 t and 2 t + 1
                 const float2* of_strip = pairs + (q * GROUP + (2 * t + e) / COLUMNS) * ROWS;
-                const float2 low = of_strip[g], high = of_strip[g + 8];
+                const float2 low = COLUMNS > 1 ? of_strip[g] : own_pairs[e];
+                const float2 high = COLUMNS > 1 ? of_strip[g + 8] : own_pairs[2 + e];
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     sums[tile][e] += low.x * (products[tile][e] - low.y * sums_x[tile][e]);
@@ -245,9 +248,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) mix64_decode(
                 }
             }
         }
-        if (PREFETCH) {
-#pragma unroll
-            for (int i = 0; i < COLUMNS * TILES * 2; i++) (&x_now[0][0][0])[i] = (&x_next[0][0][0])[i];
+    };
+
+    for (int i = 0; i < STAGES - 1; i++) fill();
+    if (PREFETCH) read_x(x_even, start);
+    for (int record = start; record < count; record += stride) {
+        __syncwarp();  // everybody has read what is overwritten now
+        fill();
+        wait<STAGES - 1>();
+        __syncwarp();  // everybody's copies of these records have arrived
+        read_x(PREFETCH ? x_odd : x_even, PREFETCH ? record + 1 : record);
+        multiply_record(x_even, 0);
+        if (record + 1 < count) {
+            read_x(PREFETCH ? x_even : x_odd, PREFETCH ? record + stride : record + 1);
+            multiply_record(x_odd, 1);
         }
     }
 

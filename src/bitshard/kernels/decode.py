@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bitshard.records import ROWS
 
@@ -29,8 +30,8 @@ class Variant:
     columns: int  # tokens of one product of the tensor core: 1, 2, 4, 8
     tiles: int  # products side by side
     bfloat: int
-    warps: int = 8
-    stages: int = 5
+    warps: int = 4
+    stages: int = 3
     prefetch: int = 1
 
     @classmethod
@@ -47,8 +48,8 @@ class Variant:
     @property
     def shared_bytes(self) -> int:
         """Of a block of threads: the ring and expanded scales of each warp; the sums of all warps take their place."""
-        stage = 4 * 32 * (4 + self.wide) + 6 * ROWS + 32
-        ring = self.warps * (self.stages * stage + 8 * 8 * ROWS)
+        stage = 2 * (4 * 32 * (4 + self.wide) + 6 * ROWS + 32)  # two records
+        ring = self.warps * (self.stages * stage + (8 * 8 * ROWS if self.columns > 1 else 0))
         return max(ring, 4 * (self.warps + 1) * ROWS * self.tokens)
 
     def options(self) -> list[str]:
@@ -73,7 +74,7 @@ def grid(variant: Variant, tokens: int, n: int, k: int, multiprocessors: int) ->
     """Blocks of threads for rows, splits of K, tokens. Splits where rows alone leave multiprocessors idle."""
     rows, batches = -(-n // ROWS), -(-tokens // variant.tokens)
     wanted = multiprocessors * BUSY_WARPS // variant.warps
-    turns = -(-k // CHANNELS) // variant.warps  # of a warp, over all K
+    turns = -(-k // (2 * CHANNELS)) // variant.warps  # of a warp, over all K
     return rows, max(1, min(wanted // (rows * batches), turns)), batches
 
 
@@ -91,7 +92,9 @@ def mix64_linear(
     how: fields of Variant that are to be otherwise.
     """
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    if x_MK.data_ptr() % 8:
+    if unused := -x_MK.shape[1] % CHANNELS:
+        x_MK = F.pad(x_MK, (0, unused))
+    elif x_MK.data_ptr() % 8:
         x_MK = x_MK.clone()
     tokens, k = x_MK.shape
     y_MN = x_MK.new_empty(tokens, out_features)

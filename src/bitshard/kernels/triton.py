@@ -101,16 +101,17 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
     shift = (bits * (k % 4 // 2 * 2) + k % 2 * 16 + second * 8)[None, :] + bits[None, :] * (j % 2)[:, None]
     codes = words >> shift & tl.where(wide, 15, 3)[None, :] | TWO_TO_23
 
-    # scales and zeros [BN, STRIPS], from words that hold those of two rows and of four
+    # scales and zeros [BN, STRIPS], from words that hold those of two lanes and of four
     n = _channels(n0, BN, WIDE)
     start = (n // 16 * count + record) * WORDS + WORDS - 24
     b, row = tl.arange(0, BLOCKS) + block0, n % 16
-    live = (n // 16 * 16 < N)[:, None]
-    scale_words = tl.load(records + (start + row // 2)[:, None] + b[None, :] * 8, mask=live, other=0)
-    zero_words = tl.load(records + (start + row // 4)[:, None] + b[None, :] * 4 + 16, mask=live, other=0)
+    live = n // 16 * 16 < N
+    scale_words = tl.load(records + (start + row % 8 * 2)[:, None] + b[None, :], mask=live[:, None], other=0)
+    zero_words = tl.load(records + start + 16 + row % 8, mask=live, other=0)
     place = tl.arange(0, 4)[None, None, :]
-    scale_codes = scale_words[:, :, None] >> (row % 2 * 16)[:, None, None] + 4 * place & 15
-    zero_codes = zero_words[:, :, None] >> (row % 4 * 8)[:, None, None] + 2 * place & 3
+    which = (row // 8 * 2)[:, None, None] + place % 2  # of a lane's four codes
+    scale_codes = scale_words[:, :, None] >> place // 2 * 16 + 4 * which & 15
+    zero_codes = zero_words[:, None, None] >> (b[None, :, None] * 2 + place // 2) * 8 + 2 * which & 3
     zeros = zero_codes + tl.where(place < WIDE, 6, 0) | TWO_TO_23  # spec.zero_base
     pair2 = tl.load(scales2 + n0 // 64 * (count * 8) + k0 // 16 + tl.arange(0, STRIPS))
     step = (pair2 & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
