@@ -154,10 +154,14 @@ def _compiled(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> dict[
     config = CompileConfig(fullgraph=True, dynamic=False)
     config._compile_all_devices = True  # processors too
     settings = {"cache_implementation": "static", "compile_config": config}
-    until = inputs["input_ids"].shape[1] + 3  # the first comes of the prompt, the second compiles, the third must not
+    few = min(3, max_new_tokens)  # the first comes of the prompt, the second compiles, the third must not
+    until = _Until(inputs["input_ids"].shape[1] + few)
     try:
         with torch.no_grad():
-            model.generate(**inputs, **settings, max_new_tokens=max_new_tokens, stopping_criteria=[_Until(until)])
+            model.generate(
+                **inputs, **settings, do_sample=False, min_new_tokens=few, max_new_tokens=max_new_tokens,
+                stopping_criteria=[until],
+            )  # fmt: skip
     except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for example
         says = str(error).strip().splitlines()
         raise SpecError(

@@ -104,8 +104,8 @@ METADATA_BITS = {"qscales": 4, "qzeros": 2}  # of a strip's code
 # Lane 4 g + t has rows g and g + 8 and channels 4 t to 4 t + 3 of a strip: what it multiplies as the operand A of
 # mma.m16n8k16, so that its four fragments are pairs of channels (0, 1) of row g, of row g + 8, (2, 3) of g, of g + 8.
 # A pair's codes stand 16 bits apart, fragment i of a 4-bit strip at bits 4 i and 16 + 4 i, of a 2-bit strip at 2 i and
-# 16 + 2 i, and of the second strip of a word 8 bits higher. Its scale codes, and its zero codes, are those of strips 2 t
-# and 2 t + 1 of row g, then of row g + 8, from the lowest bits up: what it scales when a column of the product is a strip.
+# 16 + 2 i, and of the second strip of a word 8 bits higher. Its scale and zero codes are, from the lowest bits up, those
+# of strips 2 t and 2 t + 1 of row g, then of row g + 8: what it scales when a column of the product is a strip.
 
 
 def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor | None] | None:
@@ -131,11 +131,11 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     words2 = (pairs << shifts2.to(codes.device)).sum((4, 5, 6), dtype=torch.int32)
     metadata = []
     for suffix, bits in METADATA_BITS.items():
-        of_strips = tensors[suffix].int()[..., None] >> torch.arange(0, 4 * bits, bits, device=codes.device)
-        of_lanes = _fill(of_strips.flatten(1) & (1 << bits) - 1, -n % ROWS, odd * 4)
-        of_lanes = of_lanes.view(row_tiles, 2, 8, -1, 4, 2).permute(0, 3, 2, 4, 1, 5).reshape(row_tiles, -1, 32, 4)
-        packed = (of_lanes << torch.arange(0, 4 * bits, bits, device=codes.device)).sum(-1)
-        metadata.append(packed.to(Mix64Layout.dtypes[suffix]))
+        of_strips = _fill(_four(tensors[suffix], bits).flatten(1), -n % ROWS, odd * 4)
+        of_lanes = of_strips.view(row_tiles, 2, 8, -1, 4, 2).permute(
+            0, 3, 2, 4, 1, 5
+        )  # tile record g t half, of a pair
+        metadata.append(_of_four(of_lanes.reshape(row_tiles, -1, 32, 4), bits).to(Mix64Layout.dtypes[suffix]))
     parts = [words4.flatten(2), words2.flatten(2), *(part.view(torch.int32) for part in metadata)]
     scales2 = _fill(tensors["scales2"].flatten(1), 0, odd * 8).view(len(tensors["scales2"]), -1, 2)
     return {**dict.fromkeys(PARTS), "qweight": torch.cat(parts, dim=2), "scales2": scales2.contiguous()}
@@ -156,10 +156,9 @@ def mix64_from_lanes(
     codes = codes.view(row_tiles, count, 8, 8, 4, 2, 2, 2).permute(0, 7, 3, 1, 2, 4, 6, 5)
     found = pack_strips(codes.reshape(row_tiles * ROWS, -1)[:rows, : blocks * BLOCK], spec)
     for (suffix, bits), part in zip(METADATA_BITS.items(), metadata, strict=True):
-        packed, shifts = part.contiguous().view(Mix64Layout.dtypes[suffix]), torch.arange(0, 4 * bits, bits).to(part.device)
-        of_lanes = packed.int()[..., None] >> shifts & (1 << bits) - 1  # record lane, half parity
-        of_strips = of_lanes.view(row_tiles, count, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(-1, 2 * count, 4)
-        found[suffix] = (of_strips[:rows, :blocks] << shifts).sum(-1).to(packed.dtype)
+        packed = part.contiguous().view(Mix64Layout.dtypes[suffix])
+        of_lanes = _four(packed, bits).view(row_tiles, count, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5)
+        found[suffix] = _of_four(of_lanes.reshape(-1, 2 * count, 4)[:rows, :blocks], bits).to(packed.dtype)
     return {**tensors, **found, "scales2": tensors["scales2"][:, : 4 * blocks].contiguous()}
 
 
@@ -176,6 +175,15 @@ def _rounds_once(scales2: torch.Tensor) -> bool:
     towards_zero = twice.view(torch.int32) - (twice.double().abs() > exact.abs()).int()
     once = (towards_zero | (twice.double() != exact).int()).view(torch.float32)
     return torch.equal(once.half(), twice.half())
+
+
+def _four(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes in integers that hold four each, int32 [..., 4]."""
+    return packed.int()[..., None] >> torch.arange(0, 4 * bits, bits, device=packed.device) & (1 << bits) - 1
+
+
+def _of_four(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    return (codes << torch.arange(0, 4 * bits, bits, device=codes.device)).sum(-1)
 
 
 def _wide_strips(spec: MixSpec) -> torch.Tensor:

@@ -105,13 +105,13 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
     n = _channels(n0, BN, WIDE)
     start = (n // 16 * count + record) * WORDS + WORDS - 24
     b, row = tl.arange(0, BLOCKS) + block0, n % 16
-    live = n // 16 * 16 < N
-    scale_words = tl.load(records + (start + row % 8 * 2)[:, None] + b[None, :], mask=live[:, None], other=0)
-    zero_words = tl.load(records + start + 16 + row % 8, mask=live, other=0)
+    live = (n // 16 * 16 < N)[:, None]
+    scale_words = tl.load(records + (start + row % 8 * 2)[:, None] + b[None, :], mask=live, other=0)
+    zero_words = tl.load(records + (start + row % 8)[:, None] + b[None, :] // 2 + 16, mask=live, other=0)
     place = tl.arange(0, 4)[None, None, :]
     which = (row // 8 * 2)[:, None, None] + place % 2  # of a lane's four codes
     scale_codes = scale_words[:, :, None] >> place // 2 * 16 + 4 * which & 15
-    zero_codes = zero_words[:, None, None] >> (b[None, :, None] * 2 + place // 2) * 8 + 2 * which & 3
+    zero_codes = zero_words[:, :, None] >> (b[None, :, None] * 2 + place // 2) * 8 + 2 * which & 3
     zeros = zero_codes + tl.where(place < WIDE, 6, 0) | TWO_TO_23  # spec.zero_base
     pair2 = tl.load(scales2 + n0 // 64 * (count * 8) + k0 // 16 + tl.arange(0, STRIPS))
     step = (pair2 & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
