@@ -104,8 +104,8 @@ METADATA_BITS = {"qscales": 4, "qzeros": 2}  # of a strip's code
 # Lane 4 g + t has rows g and g + 8 and channels 4 t to 4 t + 3 of a strip: what it multiplies as the operand A of
 # mma.m16n8k16, so that its four fragments are pairs of channels (0, 1) of row g, of row g + 8, (2, 3) of g, of g + 8.
 # A pair's codes stand 16 bits apart, fragment i of a 4-bit strip at bits 4 i and 16 + 4 i, of a 2-bit strip at 2 i and
-# 16 + 2 i, and of the second strip of a word 8 bits higher. Its scale and zero codes are, from the lowest bits up, those
-# of strips 2 t and 2 t + 1 of row g, then of row g + 8: what it scales when a column of the product is a strip.
+# 16 + 2 i, and of the second strip of a word 8 bits higher. Its scale and zero codes are, from the lowest bits up,
+# those of strips 2 t and 2 t + 1 of row g, then of row g + 8: what it scales when a column of the product is a strip.
 
 
 def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, torch.Tensor | None] | None:
