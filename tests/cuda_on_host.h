@@ -27,10 +27,10 @@ using u16 = unsigned short;
 using u8 = unsigned char;
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Dim { int x, y, z; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Copy { uint4* to; const uint4* from; };
 

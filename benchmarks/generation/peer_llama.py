@@ -1,4 +1,4 @@
-"""llama.cpp's side of run.py, in a virtual environment that holds llama-cpp-python==0.3.36: prints what it took as JSON.
+"""llama.cpp's side of run.py, in a virtual environment with llama-cpp-python==0.3.36: prints what it took as JSON.
 
 python peer_llama.py MODEL.gguf --prompt TEXT --tokens 64 --threads 2
 """

@@ -98,8 +98,8 @@ constexpr int RECORD = (WORDS * 4 + ROWS * 2 * 3) / 16;              // in units
 constexpr int SECOND = STRIPS * 4 / 16;                              // the second order of its scales
 constexpr int PAIR = 2;                                              // records of a turn, side by side in memory
 constexpr int STAGE = PAIR * (RECORD + SECOND);
-constexpr int PAIRS = COLUMNS > 1 ? STRIPS * ROWS * 8 / 16 : 0;      // a factor and a zero for each strip and row
-constexpr int WARP_SHARED = STAGES * STAGE + PAIRS;
+constexpr int SCALES = COLUMNS > 1 ? STRIPS * ROWS * 8 / 16 : 0;     // a scale and a zero for each strip and row
+constexpr int WARP_SHARED = STAGES * STAGE + SCALES;
 constexpr int COPIES = (STAGE + 31) / 32;                            // of a lane, for a turn
 constexpr unsigned BIAS = BFLOAT ? 0x43004300u : 0;                  // of two codes: 128, or nothing
 constexpr float UNIT = BFLOAT ? 1.f : 1.f / 16777216.f;              // of a code as the tensor core sees it
@@ -124,18 +124,20 @@ __device__ __forceinline__ void fragments(unsigned (&a)[4], const unsigned* word
     }
 }
 
-// A lane's share of a record's scales, from second to first order: strips 2 t and 2 t + 1 of row g, then of row g + 8,
-// each a scale and the zero, in units of what the tensor core sees as codes. Two strips at a time, side by side in a word.
-// second: step and offset of both; base: what zeros are counted from.
-__device__ __forceinline__ void first_order(float2 (&pairs)[4], unsigned codes, unsigned zeros, uint2 second, unsigned base) {
+// A lane's share of a record's scales, from second to first order, of strips 2 t and 2 t + 1: the scale and the zero of row
+// g and those of row g + 8, zeros in units of what the tensor core sees as codes. Two strips at a time, side by side in a
+// word. second: step and offset of both; base: what zeros are counted from.
+__device__ __forceinline__ void first_order(float4 (&strips)[2], unsigned codes, unsigned zeros, uint2 second, unsigned base) {
     const unsigned steps = low_halves(second.x, second.y), offsets = high_halves(second.x, second.y);
     const unsigned codes_apart = codes | codes << 12, zeros_apart = zeros | zeros << 14;
+    const unsigned scale = scale_pair(codes_apart & 0x000F000Fu, steps, offsets);
+    const unsigned scale8 = scale_pair(codes_apart >> 8 & 0x000F000Fu, steps, offsets);
+    const unsigned zero = (zeros_apart & 0x00030003u) + base | BIAS;
+    const unsigned zero8 = (zeros_apart >> 2 & 0x000C000Cu) + (base << 2) | BIAS;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const unsigned scale = scale_pair(codes_apart >> 8 * half & 0x000F000Fu, steps, offsets);
-        const unsigned zero = (zeros_apart >> 2 * half & 0x00030003u << 2 * half) + (base << 2 * half) | BIAS;
-        pairs[2 * half] = make_float2(half_value((u16)scale), value_of((u16)zero));
-        pairs[2 * half + 1] = make_float2(half_value((u16)(scale >> 16)), value_of((u16)(zero >> 16)));
+    for (int i = 0; i < 2; i++) {
+        strips[i] = make_float4(half_value((u16)(scale >> 16 * i)), value_of((u16)(zero >> 16 * i)),
+                                half_value((u16)(scale8 >> 16 * i)), value_of((u16)(zero8 >> 16 * i)));
     }
 }
 
@@ -148,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
     const int row_tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y, first_token = blockIdx.z * TOKENS;
     const int count = k / CHANNELS, start = PAIR * (split * WARPS + warp), stride = PAIR * splits * WARPS;
     uint4* ring = shared + warp * WARP_SHARED;
-    float2* pairs = (float2*)(ring + STAGES * STAGE);
+    float4* strips = (float4*)(ring + STAGES * STAGE);  // [STRIPS, 8] of rows g and g + 8
     const uint4* own_records = records + (long long)row_tile * count * RECORD;
     const uint4* own_scales2 = scales2 + (long long)(row_tile / 4) * count * SECOND;
 
@@ -213,12 +215,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
         const unsigned* words = (const unsigned*)(stage + at_words + which * RECORD * 16);
         const unsigned codes = *(const u16*)(stage + at_codes + which * RECORD * 16);
         const unsigned zeros = stage[at_zeros + which * RECORD * 16];
-        float2 own_pairs[4];
-        first_order(own_pairs, codes, zeros, *(const uint2*)(stage + at_second + which * SECOND * 16), base);
-        if (COLUMNS > 1) {  // others need them: [strip, row]
+        float4 own_strips[2];
+        first_order(own_strips, codes, zeros, *(const uint2*)(stage + at_second + which * SECOND * 16), base);
+        if (COLUMNS > 1) {  // others need them
             __syncwarp();  // everybody has read those before
-#pragma unroll
-            for (int i = 0; i < 4; i++) pairs[(2 * t + i % 2) * ROWS + g + 8 * (i / 2)] = own_pairs[i];
+            strips[2 * t * 8 + g] = own_strips[0], strips[(2 * t + 1) * 8 + g] = own_strips[1];
             __syncwarp();
         }
 #pragma unroll
@@ -238,13 +239,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
             for (int tile = 0; tile < TILES; tile++) multiply(sums_x[tile], ones, x_now[q][tile]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {  // of columns 2 t and 2 t + 1
-                const float2* of_strip = pairs + (q * GROUP + (2 * t + e) / COLUMNS) * ROWS;
-                const float2 low = COLUMNS > 1 ? of_strip[g] : own_pairs[e];
-                const float2 high = COLUMNS > 1 ? of_strip[g + 8] : own_pairs[2 + e];
+                const float4 own = COLUMNS > 1 ? strips[(q * GROUP + (2 * t + e) / COLUMNS) * 8 + g] : own_strips[e];
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
-                    sums[tile][e] += low.x * (products[tile][e] - low.y * sums_x[tile][e]);
-                    sums[tile][2 + e] += high.x * (products[tile][2 + e] - high.y * sums_x[tile][2 + e]);
+                    sums[tile][e] += own.x * (products[tile][e] - own.y * sums_x[tile][e]);
+                    sums[tile][2 + e] += own.z * (products[tile][2 + e] - own.w * sums_x[tile][2 + e]);
                 }
             }
         }
