@@ -83,12 +83,12 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
 
     # words [BN / 2, BK / 4]: a lane of eight for every two rows, four lanes for every strip
     pair, c = tl.arange(0, BN // 2), tl.arange(0, BK // 4)
-    row_tile = n0 // 16 + pair // 8
+    last = tl.cdiv(N, 16) - 1  # nobody stores rows that do not exist: they are some of the last tile, and no load is masked
+    row_tile = tl.minimum(n0 // 16 + pair // 8, last)
     start = (row_tile * count + record) * WORDS + pair % 8 * 4
     block, place = block0 + c // 16, c // 4 % 4
     line = tl.where(place < WIDE, block * WIDE + place, 2 * WIDE + (block * (4 - WIDE) + place - WIDE) // 2)
-    live = row_tile * 16 < N
-    words = tl.load(records + start[:, None] + (line * 32 + c % 4)[None, :], mask=live[:, None], other=0)
+    words = tl.load(records + start[:, None] + (line * 32 + c % 4)[None, :])
     # reshape keeps the load's layout, whole words in a thread; with [:, None] it took 18 instructions a weight, not 8
     words = tl.broadcast_to(words.reshape([BN // 2, 1, BK // 4, 1]), [BN // 2, 2, BK // 4, 4]).reshape([BN, BK])
 
@@ -103,11 +103,10 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
 
     # scales and zeros [BN, STRIPS], from words that hold those of two lanes and of four
     n = _channels(n0, BN, WIDE)
-    start = (n // 16 * count + record) * WORDS + WORDS - 24
+    start = (tl.minimum(n // 16, last) * count + record) * WORDS + WORDS - 24
     b, row = tl.arange(0, BLOCKS) + block0, n % 16
-    live = (n // 16 * 16 < N)[:, None]
-    scale_words = tl.load(records + (start + row % 8 * 2)[:, None] + b[None, :], mask=live, other=0)
-    zero_words = tl.load(records + (start + row % 8)[:, None] + b[None, :] // 2 + 16, mask=live, other=0)
+    scale_words = tl.load(records + (start + row % 8 * 2)[:, None] + b[None, :])
+    zero_words = tl.load(records + (start + row % 8 + 16)[:, None] + tl.zeros_like(b)[None, :])
     place = tl.arange(0, 4)[None, None, :]
     which = (row // 8 * 2)[:, None, None] + place % 2  # of a lane's four codes
     scale_codes = scale_words[:, :, None] >> place // 2 * 16 + 4 * which & 15
