@@ -83,7 +83,7 @@ def _mix64_weights(records, scales2, n0, k0, N, K, WIDE: tl.constexpr, BN: tl.co
 
     # words [BN / 2, BK / 4]: a lane of eight for every two rows, four lanes for every strip
     pair, c = tl.arange(0, BN // 2), tl.arange(0, BK // 4)
-    last = tl.cdiv(N, 16) - 1  # rows that do not exist, which nobody stores, are some of the last tile: no load is masked
+    last = tl.cdiv(N, 16) - 1  # rows that do not exist, which nobody stores, are some of the last tile: no masks
     row_tile = tl.minimum(n0 // 16 + pair // 8, last)
     start = (row_tile * count + record) * WORDS + pair % 8 * 4
     block, place = block0 + c // 16, c // 4 % 4
