@@ -141,6 +141,11 @@ __device__ __forceinline__ void first_order(float4 (&strips)[2], unsigned codes,
     }
 }
 
+// Where a strip's scales of rows g and g + 8 stand in shared memory: shuffled, or all lanes of a store would meet in a bank.
+__device__ __forceinline__ int place_of(int strip, int g) {
+    return strip * 8 + (g ^ (strip & 2 | ((strip ^ strip >> 2) & 1) << 2));
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decode(
     const uint4* __restrict__ records, const uint4* __restrict__ scales2, const u16* __restrict__ x, u16* __restrict__ y,
     const int* __restrict__ outlier_rows, const u16* __restrict__ outlier_columns, const u16* __restrict__ outlier_values,
@@ -219,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
         first_order(own_strips, codes, zeros, *(const uint2*)(stage + at_second + which * SECOND * 16), base);
         if (COLUMNS > 1) {  // others need them
             __syncwarp();  // everybody has read those before
-            strips[2 * t * 8 + g] = own_strips[0], strips[(2 * t + 1) * 8 + g] = own_strips[1];
+            strips[place_of(2 * t, g)] = own_strips[0], strips[place_of(2 * t + 1, g)] = own_strips[1];
             __syncwarp();
         }
 #pragma unroll
@@ -237,9 +242,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
             }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) multiply(sums_x[tile], ones, x_now[q][tile]);
+            float4 shared_strip;  // of columns 2 t and 2 t + 1, unless every column is another
+            if (COLUMNS > 1) shared_strip = strips[place_of(q * GROUP + 2 * t / COLUMNS, g)];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {  // of columns 2 t and 2 t + 1
-                const float4 own = COLUMNS > 1 ? strips[(q * GROUP + (2 * t + e) / COLUMNS) * 8 + g] : own_strips[e];
+            for (int e = 0; e < 2; e++) {
+                const float4 own = COLUMNS > 1 ? shared_strip : own_strips[e];
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     sums[tile][e] += own.x * (products[tile][e] - own.y * sums_x[tile][e]);
@@ -251,17 +258,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) mix64_decod
 
     for (int i = 0; i < STAGES - 1; i++) fill();
     if (PREFETCH) read_x(x_even, start);
-    for (int record = start; record < count; record += stride) {
+    int record = start;
+    const auto turn = [&](bool both) {
         __syncwarp();  // everybody has read what is overwritten now
         fill();
         wait<STAGES - 1>();
         __syncwarp();  // everybody's copies of these records have arrived
         read_x(PREFETCH ? x_odd : x_even, PREFETCH ? record + 1 : record);
         multiply_record(x_even, 0);
-        if (record + 1 < count) {
+        if (both) {
             read_x(PREFETCH ? x_even : x_odd, PREFETCH ? record + stride : record + 1);
             multiply_record(x_odd, 1);
         }
+        record += stride;
+    };
+    if (COLUMNS < 8) {  // ptxas would read x_odd after the branch on `both`, if there were one, and wait for it
+        while (record + 1 < count) turn(true);
+        if (record < count) turn(false);
+    } else {  // twice the code would not leave registers enough
+        while (record < count) turn(record + 1 < count);
     }
 
     // what all warps have, and the outliers as one more: [WARPS + 1, ROWS, TOKENS]; a fixed order, so a fixed result
