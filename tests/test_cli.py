@@ -38,6 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(place / "gptq", place / "tp")
     random_model(place / "dense", "llama")
     (place / "text.txt").write_text(random_text(800))
+    (place / "group_size.txt").write_text(random_text(11))
     return place
 
 
@@ -169,6 +170,11 @@ def failures(place: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]
         "temperature": ([*ask, "--temperature", -1], "temperature: found -1"),
         "temperature NaN": ([*ask, "--temperature", "nan"], "temperature: found nan"),
         "temperature of nothing": ([*ask, "--temperature", "1e-40"], "temperature: found 1e-40; allowed: 0, or 1e-06"),
+        "words of an option in a path": (
+            ["eval", gptq, "--text", place / "group_size.txt", "--context", 64],
+            "group_size.txt: found 11 tokens",
+        ),
+        "words of an option in a prompt": (["generate", gptq, "my group_size \udce9"], "found 'my group_size"),
         "prompt in bytes": (["generate", gptq, "\udce9"], r"prompt: found '\udce9'; allowed: UTF-8 text"),
         "no new tokens": ([*ask, "--max-new-tokens", 0], "--max-new-tokens: found 0"),
         "too many tokens": ([*ask, "--max-new-tokens", 500], "length: found 505 tokens; allowed: 128"),

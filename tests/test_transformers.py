@@ -171,9 +171,17 @@ def test_a_compiled_step_writes_the_same_text(tmp_path: Path, monkeypatch: pytes
     torch.compiler.reset()
     options = "generate", path, "Hello", "--compile"
     assert "--compile: found 2 ranks; allowed: one rank" in refusal(*options, "--tp", 2)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert "allowed: a working C++ compiler" in refusal(*options)
+    for folder in (tmp_path / "made", "/proc/nothing"):  # no compiler, then no folder
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+            assert "allowed: a working C++ compiler" in refusal(*options)
+
+
+def test_a_step_that_is_another_graph_every_time_is_refused(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "in", "gemma3_text", MixSpec(), sliding_window=16)
+    character_tokenizer().save_pretrained(path)
+    sentence = refusal("generate", path, "Hello", "--compile", "--max-new-tokens", 6)
+    assert "--compile: found model_type gemma3_text" in sentence and "every time" in sentence
 
 
 def test_a_mixture_of_experts_is_not_compiled(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def main() -> None:
     try:
         app()
     except SpecError as error:
-        _fail(_options_named(str(error)))
+        _fail(_options_named(error))
     except BitshardError as error:
         _fail(str(error))
     except SystemExit as end:
@@ -95,14 +95,21 @@ def _patient() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _options_named(sentence: str) -> str:
-    """A field of a specification under the name that it has here: fraction_4bit -> --fraction-4bit."""
+def _options_named(error: SpecError) -> str:
+    """Its sentence with fields of a specification under the names that they have here: fraction_4bit, --fraction-4bit.
+
+    Only where a field is spoken of: in no path and no text of the user's.
+    """
     commands = [*typer.main.get_group(app).commands.values(), *typer.main.get_group(bench_app).commands.values()]
-    fields = {parameter.name for command in commands for parameter in command.params if parameter.name}
-    for field in fields:
-        if "_" in field:
-            sentence = re.sub(rf"\b{field}\b", f"--{field.replace('_', '-')}", sentence)
-    return sentence
+    fields = {p.name for command in commands for p in command.params if p.name and p.param_type_name == "option"}
+    words = "|".join(field for field in sorted(fields) if "_" in field)
+
+    def named(text: str) -> str:
+        return re.sub(rf"(?<![\w/.'-])({words})(?![\w/.'-])", lambda found: f"--{found[0].replace('_', '-')}", text)
+
+    known = error.where in fields
+    where, found = (named(error.where), named(error.found)) if known else (error.where, error.found)
+    return str(SpecError(where, found, named(error.allowed), named(error.fix)))
 
 
 def _fail(sentence: str) -> None:

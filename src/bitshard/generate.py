@@ -147,28 +147,37 @@ def _compiled(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> dict[
     """Arguments of `model.generate` that run a compiled step over a cache of fixed length; it is compiled here."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not model._can_compile_fullgraph or not (quantizer is None or quantizer.is_compileable):
-        raise SpecError(
-            "--compile", f"model_type {model.config.model_type}", "a step that is one graph, no mixture of experts",
-            "leave it out",
-        )  # fmt: skip
+        raise _not_one_graph(model, "whose step is found out in Python")
+    torch.compiler.reset()  # of graphs for other sizes and models it keeps no more than eight
     config = CompileConfig(fullgraph=True, dynamic=False)
     config._compile_all_devices = True  # processors too
     settings = {"cache_implementation": "static", "compile_config": config}
-    few = min(3, max_new_tokens)  # the first comes of the prompt, the second compiles, the third must not
-    until = _Until(inputs["input_ids"].shape[1] + few)
-    try:
+
+    def write(tokens: int) -> None:
+        until, tokens = _Until(inputs["input_ids"].shape[1] + tokens), min(tokens, max_new_tokens)
+        length = {"min_new_tokens": tokens, "max_new_tokens": max_new_tokens}
         with torch.no_grad():
-            model.generate(
-                **inputs, **settings, do_sample=False, min_new_tokens=few, max_new_tokens=max_new_tokens,
-                stopping_criteria=[until],
-            )  # fmt: skip
-    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for example
+            model.generate(**inputs, **settings, **length, do_sample=False, stopping_criteria=[until])
+
+    try:
+        write(2)  # the first comes of the prompt, the second compiles
+        with torch.compiler.set_stance("fail_on_recompile"):
+            write(3)  # and the third must not, as it would where a step counts in Python: sliding windows
+    except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
         says = str(error).strip().splitlines()
-        raise SpecError(
-            "--compile", f"{type(error).__name__}: {says[0] if says else ''}", "a working C++ compiler",
-            "install one, g++ for example, or leave it out",
-        ) from None  # fmt: skip
+        found = f"{type(error).__name__}: {says[0] if says else ''}"
+        if isinstance(error, (OSError, torch._inductor.exc.InductorError)):
+            raise SpecError(
+                "--compile", found, "a working C++ compiler, and a folder for what it makes",
+                "install one, g++ for example; TORCHINDUCTOR_CACHE_DIR names the folder; or leave it out",
+            ) from None  # fmt: skip
+        raise _not_one_graph(model, found) from None
     return settings
+
+
+def _not_one_graph(model: PreTrainedModel, why: str) -> SpecError:
+    found, allowed = f"model_type {model.config.model_type} ({why})", "a model whose step is the same graph every time"
+    return SpecError("--compile", found, allowed, "leave it out")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
