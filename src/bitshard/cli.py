@@ -542,7 +542,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
     backend: Backend = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile a token's step first: half a minute once, for long texts.")
+        bool, typer.Option("--compile", help="Compile a token's step first, for up to a minute: for long texts.")
     ] = False,
     as_json: Json = False,
 ) -> None:
