@@ -47,7 +47,10 @@ def main() -> None:
         amp=False,
         device_map="cpu",
     )
-    rounder.quantize_and_save(str(arguments.out), format="auto_gptq")
+    made = arguments.out.with_name(f"{arguments.out.name}.made")
+    rounder.quantize_and_save(str(made), format="auto_gptq")
+    next(made.glob("*/config.json")).parent.rename(arguments.out)  # it puts a folder of its own naming in between
+    made.rmdir()
 
 
 if __name__ == "__main__":
