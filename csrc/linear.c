@@ -47,6 +47,9 @@ typedef struct {
     int64_t k, block, span;
 } activations;
 
+typedef int8_t bytes __attribute__((vector_size(16)));
+typedef int8_t bytes_mem __attribute__((vector_size(16), aligned(1), may_alias));
+
 /* By bits: the channel of each byte of 16 (of 3 bits, 32) channels' codes, as the shifts in linear.inc.c take them apart. */
 static const uint8_t orders[9][32] = {
     [2] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},

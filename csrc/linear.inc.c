@@ -4,8 +4,6 @@
 
 #define LOAD(type, pointer) (*(const FN(type) *)(pointer))
 
-typedef int8_t FN(v16) __attribute__((vector_size(16)));
-typedef int8_t FN(v16_mem) __attribute__((vector_size(16), aligned(1), may_alias));
 typedef int8_t FN(v8_mem) __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 /* One token's codes, nearest even. bits: of the four strips of each 64 channels. Number by number, with the C library's
@@ -37,8 +35,8 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
             if (width == 3)
                 for (int64_t j = 0; j < step; j++) codes[start + i + j] = natural[i + orders[width][j]];
             else
-                *(FN(v16_mem) *)(codes + start + i) =
-                    __builtin_shuffle((FN(v16))LOAD(v16_mem, natural + i), (FN(v16))LOAD(v16_mem, orders[width]));
+                *(bytes_mem *)(codes + start + i) =
+                    __builtin_shuffle((bytes)*(const bytes_mem *)(natural + i), (bytes)*(const bytes_mem *)orders[width]);
         }
         for (int64_t i = 0; i < a->block; i += a->span) {
             int32_t sum = 0;

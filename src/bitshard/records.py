@@ -132,9 +132,8 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     metadata = []
     for suffix, bits in METADATA_BITS.items():
         of_strips = _fill(_four(tensors[suffix], bits).flatten(1), -n % ROWS, odd * 4)
-        of_lanes = of_strips.view(row_tiles, 2, 8, -1, 4, 2).permute(
-            0, 3, 2, 4, 1, 5
-        )  # tile record g t half, of a pair
+        of_strips = of_strips.view(row_tiles, 2, 8, -1, 4, 2)  # tile half g, record t, of a pair
+        of_lanes = of_strips.permute(0, 3, 2, 4, 1, 5)
         metadata.append(_of_four(of_lanes.reshape(row_tiles, -1, 32, 4), bits).to(Mix64Layout.dtypes[suffix]))
     parts = [words4.flatten(2), words2.flatten(2), *(part.view(torch.int32) for part in metadata)]
     scales2 = _fill(tensors["scales2"].flatten(1), 0, odd * 8).view(len(tensors["scales2"]), -1, 2)
