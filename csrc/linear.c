@@ -98,61 +98,87 @@ static float half(uint16_t bits) {
     return bits >> 15 ? -value : value;
 }
 
-static void add_outliers(const mix64 *w, const float *x, float *y, int64_t row, int64_t tokens) {
+static void add_outliers(const mix64 *w, const float *x, float *y, int64_t stride, int64_t row, int64_t tokens) {
     for (int32_t i = w->outlier_rows[row]; i < w->outlier_rows[row + 1]; i++) {
         float value = half(w->outlier_values[i]);
-        for (int64_t m = 0; m < tokens; m++) y[m * w->n + row] += value * x[m * w->blocks * 64 + w->outlier_columns[i]];
+        for (int64_t m = 0; m < tokens; m++) y[m * stride + row] += value * x[m * w->blocks * 64 + w->outlier_columns[i]];
     }
 }
 
-/* y [M, n] = x times w, a group of rows and at most `most` tokens at a time. outliers: NULL, or a weight that may have them;
+/* One matrix of those that a call multiplies with the same activations. */
+typedef struct {
+    const void *weight;
+    const mix64 *outliers; /* NULL, or a weight that may have them */
+    int64_t n;
+    int bits[4]; /* of the strips of each 64 channels: the order of the codes depends on them */
+    activations a;
+} factor;
+
+/* y [M, sum of n] = x times the matrices, side by side; a group of rows and at most `most` tokens at a time.
    quantize: NULL for activations as they are. */
-static int multiply(kernel *run, int64_t most, const void *w, const mix64 *outliers, int64_t n, activations *a,
-                    quantizer *quantize, const int *bits, float *y, int64_t tokens, int threads) {
+static int multiply(kernel *run, int64_t most, factor *factors, int count, quantizer *quantize, float *y, int64_t tokens,
+                    int threads) {
+    int64_t stride = 0, k = factors->a.k, blocks = k / factors->a.block, spans = k / factors->a.span;
+    for (int f = 0; f < count; f++) stride += factors[f].n;
+    int32_t *codes = NULL;
+    float *scales = NULL;
     if (quantize) {
-        a->codes = malloc(tokens * a->k);
-        a->scales = malloc(tokens * (a->k / a->block + a->k / a->span) * sizeof(float));
-        if (!a->codes || !a->scales) return free(a->codes), free(a->scales), -1;
-        a->sums = a->scales + tokens * (a->k / a->block);
+        codes = malloc(count * tokens * k);
+        scales = malloc(count * tokens * (blocks + spans) * sizeof(float));
+        if (!codes || !scales) return free(codes), free(scales), -1;
+        for (int f = 0; f < count; f++) {
+            factors[f].a.codes = codes + f * tokens * k / 4;
+            factors[f].a.scales = scales + f * tokens * (blocks + spans);
+            factors[f].a.sums = factors[f].a.scales + tokens * blocks;
+        }
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (quantize) {
 #pragma omp for schedule(static)
-            for (int64_t m = 0; m < tokens; m++) quantize(a, m, bits);
+            for (int64_t i = 0; i < count * tokens; i++)
+                quantize(&factors[i / tokens].a, i % tokens, factors[i / tokens].bits);
         }
-        for (int64_t panel = 0; panel < tokens; panel += PANEL) {
-            int64_t end = tokens - panel < PANEL ? tokens : panel + PANEL;
+        float *columns = y;
+        for (const factor *f = factors; f < factors + count; columns += f++->n) {
+            for (int64_t panel = 0; panel < tokens; panel += PANEL) {
+                int64_t end = tokens - panel < PANEL ? tokens : panel + PANEL;
 #pragma omp for schedule(static) nowait
-            for (int64_t group = 0; group < (n + ROWS - 1) / ROWS; group++) {
-                int64_t first = group * ROWS, rows = n - first < ROWS ? n - first : ROWS;
-                for (int64_t m = panel, step; m < end; m += step) {
-                    float out[MOST_TOKENS * ROWS];
-                    for (step = most; step > end - m;) step /= 2;
-                    run(w, group, a, m, step, out);
-                    for (int64_t t = 0; t < step; t++)
-                        memcpy(y + (m + t) * n + first, out + t * ROWS, rows * sizeof(float));
+                for (int64_t group = 0; group < (f->n + ROWS - 1) / ROWS; group++) {
+                    int64_t first = group * ROWS, rows = f->n - first < ROWS ? f->n - first : ROWS;
+                    for (int64_t m = panel, step; m < end; m += step) {
+                        float out[MOST_TOKENS * ROWS];
+                        for (step = most; step > end - m;) step /= 2;
+                        run(f->weight, group, &f->a, m, step, out);
+                        for (int64_t t = 0; t < step; t++)
+                            memcpy(columns + (m + t) * stride + first, out + t * ROWS, rows * sizeof(float));
+                    }
+                    if (f->outliers && f->outliers->outlier_rows)
+                        for (int64_t row = first; row < first + rows; row++)
+                            add_outliers(f->outliers, f->a.exact + panel * k, columns + panel * stride, stride, row,
+                                         end - panel);
                 }
-                if (outliers && outliers->outlier_rows)
-                    for (int64_t row = first; row < first + rows; row++)
-                        add_outliers(outliers, a->exact + panel * a->k, y + panel * n, row, end - panel);
             }
         }
     }
-    free(a->codes), free(a->scales);
+    free(codes), free(scales);
     return 0;
 }
 
-/* y [M, n] = x [M, 64 * blocks] times w, all float32. bits8: activations rounded to 8 bits. outlier_rows may be NULL.
+/* y [M, sum of n] = x [M, 64 * blocks] times the weights, side by side, all float32. bits8: activations rounded to 8 bits.
    Returns 0, or -1 when there is no memory. */
-int bitshard_mix64(const float *x, float *y, int64_t tokens, int64_t n, int64_t blocks, int wide, const int32_t *records,
-                   const float *scales2, const int32_t *outlier_rows, const uint16_t *outlier_columns,
-                   const uint16_t *outlier_values, int bits8, int isa, int threads) {
-    mix64 w = {n, blocks, wide, records, scales2, outlier_rows, outlier_columns, outlier_values};
-    activations a = {.exact = x, .k = blocks * 64, .block = 64, .span = 16};
-    int bits[4];
-    for (int s = 0; s < 4; s++) bits[s] = s < wide ? 4 : 2;
-    return multiply(mix64_kernels[isa], 8, &w, &w, n, &a, bits8 ? quantizers[isa] : NULL, bits, y, tokens, threads);
+int bitshard_mix64(const float *x, float *y, int64_t tokens, const mix64 *weights, int count, int bits8, int isa,
+                   int threads) {
+    factor *factors = calloc(count, sizeof(factor));
+    if (!factors) return -1;
+    for (int f = 0; f < count; f++) {
+        const mix64 *w = weights + f;
+        factors[f] = (factor){w, w, w->n, {2, 2, 2, 2}, {.exact = x, .k = w->blocks * 64, .block = 64, .span = 16}};
+        for (int s = 0; s < w->wide; s++) factors[f].bits[s] = 4;
+    }
+    int failed = multiply(mix64_kernels[isa], 8, factors, count, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
+    free(factors);
+    return failed;
 }
 
 /* y [M, n] = x [M, k] times w. k and group_size are whole strips of 16 channels, of 32 for 3 bits. */
@@ -161,7 +187,6 @@ int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k
     gptq w = {n, k, group_size, width, qweight, scales, zeros};
     int64_t block = 64;
     while (group_size % block) block /= 2;
-    activations a = {.exact = x, .k = k, .block = block, .span = block};
-    int bits[4] = {width, width, width, width};
-    return multiply(gptq_kernels[isa], 4, &w, NULL, n, &a, bits8 ? quantizers[isa] : NULL, bits, y, tokens, threads);
+    factor f = {&w, NULL, n, {width, width, width, width}, {.exact = x, .k = k, .block = block, .span = block}};
+    return multiply(gptq_kernels[isa], 4, &f, 1, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
 }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from bitshard import kernels
 from bitshard.errors import SpecError
 from bitshard.kernels import MOST_INT8_TOKENS, choose, cpu, decode
+from bitshard.kernels.fuse import FuseLinears
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit
 from bitshard.quantized import QuantizedWeight
@@ -264,6 +266,37 @@ def test_compiled_without_a_break() -> None:
         linear.arrange()
         x = torch.randn(3, len(W_KN))
         assert torch.equal(torch.compile(linear, fullgraph=True, backend="eager")(x), linear(x))
+
+
+@pytest.mark.parametrize(("tokens", "backend"), [(1, "auto"), (70, "exact"), (3, "reference")])
+def test_matrices_that_read_the_same_become_one_call(
+    tokens: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of different rows, fractions and outliers: those without in one call, those with in another. Bit for bit."""
+    linears = [
+        mixed(MixSpec(2, fraction), n, 128, outliers)[0]
+        for fraction, n, outliers in ((0.25, 67, 0.0), (1.0, 16, 0.0), (0.0, 80, 0.05), (0.25, 5, 0.05), (0.5, 33, 0.0))
+    ]
+    for linear in linears:
+        linear.backend, linear.strip_order = backend, None  # which gathers an input of its own
+        linear.arrange()
+    x, calls = torch.randn(tokens, 128), []
+    expected = [linear(x) for linear in linears] + [linears[0](x + 1)]
+
+    def counting(x: torch.Tensor, qweights: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+        calls.append(len(qweights))
+        return found(x, qweights, *rest)
+
+    found = cpu.mix64_linear
+    monkeypatch.setattr(cpu, "mix64_linear", counting)
+    together = torch.compile(
+        lambda x: [*(linear(x) for linear in linears), linears[0](x + 1)],
+        fullgraph=True, options={"post_grad_custom_pre_pass": FuseLinears()},
+    )  # fmt: skip
+    with torch.no_grad():
+        assert all(map(torch.equal, together(x), expected))
+    assert calls == ([] if backend == "reference" else [3, 2, 1])
+    torch.compiler.reset()
 
 
 def test_one_thread_pool() -> None:

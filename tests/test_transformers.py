@@ -12,6 +12,7 @@ from bitshard.convert import convert
 from bitshard.errors import PlanError
 from bitshard.generate import GenerateOptions, generate
 from bitshard.integrations.transformers import load, require_degree
+from bitshard.kernels import cpu
 from bitshard.nn import QuantLinear
 from bitshard.parallel import STRATEGIES, Strategy, count_collectives, launch
 from bitshard.spec import MixSpec, QuantSpec
@@ -165,7 +166,16 @@ def test_a_compiled_step_writes_the_same_text(tmp_path: Path, monkeypatch: pytes
     path = random_checkpoint(tmp_path / "in", "llama", MixSpec())
     character_tokenizer().save_pretrained(path)
     plain = GenerateOptions(12, temperature=1.0, seed=3)  # compiling must not draw
+    calls, found = [], cpu.mix64_linear
+
+    def counting(x: torch.Tensor, qweights: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+        calls.append(len(qweights))
+        return found(x, qweights, *rest)
+
+    monkeypatch.setattr(cpu, "mix64_linear", counting)
     runs = [generate(path, "Hello", options) for options in (plain, replace(plain, compile=True))]
+    if cpu.library() is not None:  # before the 14 of the token that is looked at for its collectives
+        assert calls[-22:-14] == 2 * [3, 1, 2, 1]  # q, k and v; o; gate and up; down
     assert runs[0].token_ids == runs[1].token_ids and len(runs[0].token_ids) == 12
     assert runs[0].compile_seconds is None and (runs[1].compile_seconds or 0) > runs[1].seconds
     torch.compiler.reset()

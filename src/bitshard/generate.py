@@ -149,7 +149,10 @@ def _compiled(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> dict[
     if not model._can_compile_fullgraph or not (quantizer is None or quantizer.is_compileable):
         raise _not_one_graph(model, "whose step is found out in Python")
     torch.compiler.reset()  # of graphs for other sizes and models it keeps no more than eight
-    config = CompileConfig(fullgraph=True, dynamic=False)
+    from bitshard.kernels.fuse import FuseLinears  # imports torch's compiler, which takes seconds
+
+    options = {"triton.cudagraphs": True, "post_grad_custom_pre_pass": FuseLinears()}
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
     config._compile_all_devices = True  # processors too
     settings = {"cache_implementation": "static", "compile_config": config}
 

@@ -12,6 +12,9 @@ dtype.
 of 64 channels in stored order. The tensors are layout.Mix64Layout's: metadata those it names for `metadata_kind`, in
 that order, outliers its three or none. bits, fraction_4bit and metadata_kind are MixSpec's. Output [..., out_features].
 
+`mix64_linears`: several of them on one x, their outputs side by side, [..., sum of out_features]; as the C kernels read
+them. outliers: three tensors for each, or none at all; wides: 4-bit strips of each block. `fuse` makes such calls.
+
 arrangement: "file", or "cpu" or "gpu" when `records` has put the tensors as kernels there read them. backend: "exact"
 or "auto", which take the first of KERNELS that reads the weights, the dtype and so many tokens ("exact" none that
 rounds activations), or the name of one.
@@ -79,8 +82,14 @@ torch.library.define(
     "(Tensor x, Tensor qweight, Tensor? qextra, Tensor[] metadata, Tensor[] outliers, int out_features, int bits,"
     " float fraction_4bit, str metadata_kind, str arrangement, str backend) -> Tensor",
 )
+torch.library.define(
+    "bitshard::mix64_linears",
+    "(Tensor x, Tensor[] qweights, Tensor[] scales2, Tensor[] outliers, int[] out_features, int[] wides, str backend)"
+    " -> Tensor",
+)
 gptq_linear = torch.ops.bitshard.gptq_linear.default
 mix64_linear = torch.ops.bitshard.mix64_linear.default
+mix64_linears = torch.ops.bitshard.mix64_linears.default
 
 
 @lru_cache(maxsize=1024)
@@ -104,6 +113,11 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
         asked.missing() or "choose one of these",
     )
+
+
+def wide_strips(bits: int, fraction_4bit: float) -> int:
+    """4-bit strips of each block."""
+    return 4 if bits == 4 else int(4 * fraction_4bit)
 
 
 def _require_device(x: torch.Tensor, arrangement: Arrangement) -> None:
@@ -170,14 +184,35 @@ def _(
     if kernel == "reference":
         spec = MixSpec(bits, fraction_4bit, metadata_kind)
         return reference.mix64_linear(x, qweight, qextra, metadata, outliers, out_features, spec, arrangement)
-    wide = 4 if bits == 4 else int(4 * fraction_4bit)
+    wide = wide_strips(bits, fraction_4bit)
     if kernel == "decode":
         return decode.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
     if kernel == "triton":
         from bitshard.kernels import triton
 
         return triton.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
-    return cpu.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide, kernel == "cpu-int8")
+    return cpu.mix64_linear(x, [qweight], [metadata[0]], outliers, [out_features], [wide], kernel == "cpu-int8")
+
+
+@torch.library.impl("bitshard::mix64_linears", ("CPU",))
+def _(
+    x: torch.Tensor,
+    qweights: Sequence[torch.Tensor],
+    scales2: Sequence[torch.Tensor],
+    outliers: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+    wides: Sequence[int],
+    backend: str,
+) -> torch.Tensor:
+    kernel = choose("mix64", "cpu", x.dtype, x.shape[:-1].numel(), backend)
+    return cpu.mix64_linear(x, qweights, scales2, outliers, out_features, wides, kernel == "cpu-int8")
+
+
+@torch.library.register_fake("bitshard::mix64_linears")  # type: ignore[untyped-decorator]
+def _(
+    x: torch.Tensor, qweights: Any, scales2: Any, outliers: Any, out_features: Sequence[int], *rest: Any
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(out_features))
 
 
 @torch.library.register_fake("bitshard::gptq_linear")  # type: ignore[untyped-decorator]

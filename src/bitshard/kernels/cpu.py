@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bitshard.spec import BLOCK
 
-NO_OUTLIERS = (None, None, None)
 INSTRUCTION_SETS = ("any processor", "AVX2", "AVX-512", "AVX-512 with VNNI")
 # weights times tokens: two threads took 10 us for 128 x 896 weights, of which one alone takes 6
 WORTH_A_THREAD = 1 << 18
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-FUNCTIONS = {  # x, y, tokens, sizes, width, tensors, bits8, instruction set, threads
+FUNCTIONS = {  # x, y, tokens, the weights, bits8, instruction set, threads
     "bitshard_gptq": (POINTER, POINTER, LONG, LONG, LONG, LONG, INT, *[POINTER] * 3, INT, INT, INT),
-    "bitshard_mix64": (POINTER, POINTER, LONG, LONG, LONG, INT, *[POINTER] * 5, INT, INT, INT),
+    "bitshard_mix64": (POINTER, POINTER, LONG, POINTER, INT, INT, INT, INT),
 }
+
+
+class Mix64(ctypes.Structure):
+    """One weight from `records.mix64_rows`, as csrc/linear.c has it. wide: 4-bit strips of each block."""
+
+    _fields_ = (
+        ("out_features", LONG),
+        ("blocks", LONG),
+        ("wide", ctypes.c_int32),
+        ("records", POINTER),
+        ("scales2", POINTER),
+        ("outlier_rows", POINTER),
+        ("outlier_columns", POINTER),
+        ("outlier_values", POINTER),
+    )
 
 
 @cache
@@ -62,42 +77,46 @@ def gptq_linear(
 ) -> torch.Tensor:
     """GPTQ tensors from `records.gptq_rows`. bits8: activations rounded to 8 bits, each 64 with a scale."""
     k = x.shape[-1]
-    sizes = out_features, k, k // scales.shape[1], bits
-    return _call("bitshard_gptq", x, out_features, sizes, (qweight, scales, zeros), bits8)
+    weight = out_features, k, k // scales.shape[1], bits, qweight.data_ptr(), scales.data_ptr(), zeros.data_ptr()
+    return _call("bitshard_gptq", x, out_features, weight, bits8)
 
 
 def mix64_linear(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales2: torch.Tensor,
+    qweights: Sequence[torch.Tensor],
+    scales2: Sequence[torch.Tensor],
     outliers: Sequence[torch.Tensor],
-    out_features: int,
-    wide: int,
+    out_features: Sequence[int],
+    wides: Sequence[int],
     bits8: bool,
 ) -> torch.Tensor:
-    """`mix64` tensors from `records.mix64_rows`. wide: 4-bit strips of each block."""
-    sizes = out_features, x.shape[-1] // BLOCK, wide
-    tensors = qweight, scales2, *(outliers or NO_OUTLIERS)
-    return _call("bitshard_mix64", x, out_features, sizes, tensors, bits8)
+    """`mix64` tensors of one or more weights from `records.mix64_rows`; their outputs side by side.
+
+    outliers: three tensors for each weight, or none. wides: 4-bit strips of each block.
+    """
+    blocks = x.shape[-1] // BLOCK
+    weights = []
+    for i, (rows, wide) in enumerate(zip(out_features, wides, strict=True)):
+        pointers = [tensor.data_ptr() for tensor in outliers[3 * i : 3 * i + 3]] or (None, None, None)
+        weights.append((rows, blocks, wide, qweights[i].data_ptr(), scales2[i].data_ptr(), *pointers))
+    return _call("bitshard_mix64", x, sum(out_features), (_array(*weights), len(weights)), bits8)
 
 
-def _call(
-    function: str,
-    x: torch.Tensor,
-    out_features: int,
-    sizes: Sequence[int],
-    tensors: Sequence[torch.Tensor | None],
-    bits8: bool,
-) -> torch.Tensor:
+@lru_cache(maxsize=1 << 14)  # more than any model has matrices; to make one takes several microseconds
+def _array(*weights: tuple[int | None, ...]) -> ctypes.Array[Mix64]:
+    """Nothing but these numbers, so it holds for whatever stands at those addresses."""
+    return (Mix64 * len(weights))(*(Mix64(*weight) for weight in weights))
+
+
+def _call(function: str, x: torch.Tensor, out_features: int, weight: Sequence[Any], bits8: bool) -> torch.Tensor:
     """Little Python: every microsecond here is one for each matrix of each token."""
     k = x.shape[-1]
     exact = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     y = exact.new_empty(*x.shape[:-1], out_features)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     tokens = exact.numel() // k
     threads = min(torch.get_num_threads(), 1 + tokens * k * out_features // WORTH_A_THREAD)
     failed = getattr(library(), function)(
-        exact.data_ptr(), y.data_ptr(), tokens, *sizes, *pointers, bits8, instruction_set(), threads
+        exact.data_ptr(), y.data_ptr(), tokens, *weight, bits8, instruction_set(), threads
     )
     if failed:
         raise MemoryError(f"{function}: {tokens} tokens")
