@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from bitshard.integrations.transformers import load
 from bitshard.kernels import decode, why_not_triton
 from bitshard.layout import Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear
-from bitshard.spec import MixSpec, QuantSpec
+from bitshard.pipeline import Calibration, quantize
+from bitshard.spec import GPTQ_RECIPE, MIX_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
+from bitshard.verify import verify
+from dense import random_model, random_text
 from factory import random_checkpoint, random_mixed_weight
 from test_kernels import gptq
 
@@ -72,6 +76,30 @@ def test_compiled_without_a_break_and_captured(tokens: int) -> None:
         replay()
         torch.cuda.synchronize()
         assert torch.equal(outputs[-1], y)
+
+
+@pytest.mark.parametrize(
+    ("spec", "recipe"),
+    [
+        (MixSpec(), replace(MIX_RECIPE, tune=2)),
+        PAPER_RECIPES["paper-v4"],
+        (QuantSpec(4, 32, desc_act=True), GPTQ_RECIPE),
+        (QuantSpec(4, 32), replace(GPTQ_RECIPE, order="model")),
+    ],
+)
+def test_quantized_where_it_is(spec: MixSpec | QuantSpec, recipe: MixRecipe, tmp_path: Path) -> None:
+    """Errors as on a processor, but for the last bits."""
+    model, text = random_model(tmp_path / "m", "llama"), tmp_path / "text.txt"
+    text.write_text(random_text(2000))
+    reports = []
+    for there in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            reports.append(quantize(model, tmp_path / str(there), spec, Calibration(text, 6, 24), recipe))
+        verify(tmp_path / str(there))
+    assert reports[0].average_bits == reports[1].average_bits
+    for found, expected in zip(*(report.matrices for report in reports), strict=True):
+        assert found.relative_error == pytest.approx(expected.relative_error, rel=0.1)
 
 
 def test_a_whole_model(tmp_path: Path) -> None:

@@ -205,6 +205,8 @@ def test_inspect_says_what_the_file_and_the_report_say(tmp_path: Path) -> None:
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     table = bitshard("inspect", path).stdout
     assert "mix64 version 1" in table and "outliers" in table and "4-bit" in table
+    rows = [line.split() for line in bitshard("inspect", path, "--layers").stdout.splitlines()]
+    assert ["1", "down_proj", "128", "x", "64"] in [row[:5] for row in rows]
     assert "unknown" in refusal("inspect", path, "--picture", tmp_path / "map.unknown")
     (path / REPORT).write_text(json.dumps({names[0]: {"error": "small"}}))
     assert "found error 'small'; allowed: a number" in refusal("inspect", path)

@@ -550,6 +550,7 @@ REFUSED_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "fraction": ({"fraction_4bit": 0.3}, "fraction_4bit: found 0.3; allowed: 0, 0.25, 0.5 or 1"),
     "fraction NaN": ({"fraction_4bit": float("nan")}, "fraction_4bit: found nan"),
     "fraction as text": ({"fraction_4bit": "0.25"}, "fraction_4bit: found '0.25'"),
+    "fraction as truth": ({"fraction_4bit": True}, "fraction_4bit: found True"),
     "fraction of 3 bits": ({"bits": 3}, "fraction_4bit: found 0.25 with bits 3; allowed: 4-bit strips among 2-bit"),
     "metadata": ({"metadata": "coarse"}, "metadata: found 'coarse'; allowed: fine or paper"),
     "paper at 3 bits": ({"bits": 3, "fraction_4bit": 0.0, "metadata": "paper"}, r"metadata: found paper with strips"),
@@ -580,6 +581,11 @@ REFUSED_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "budget NaN": ({"average_bits": float("nan")}, "average_bits: found nan"),
     "endless budget": ({"average_bits": float("inf")}, "average_bits: found inf"),
+    "outliers as text": ({"outliers": "x"}, "outliers: found 'x'"),
+    "no outliers": ({"outliers": None}, "outliers: found None"),
+    "budget as text": ({"average_bits": "3"}, "average_bits: found '3'"),
+    "budget as truth": ({"average_bits": True}, "average_bits: found True"),
+    "correct as text": ({"correct": "no"}, "correct: found 'no'; allowed: true or false"),
     "outliers NaN": ({"outliers": float("nan")}, "outliers: found nan"),
 }
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from bitshard.blockwise import BlockwiseModel
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
+from bitshard.inspection import inspect
 from bitshard.integrations.transformers import load
 from bitshard.mixed import MixedWeight
 from bitshard.ordering import choose_order
@@ -220,6 +221,7 @@ def test_ordered_and_padded(model_type: str, text: Path, tmp_path: Path) -> None
     source = random_model(tmp_path / "m", model_type, **width)
     report = quantize(source, tmp_path / "out", EIGHT, small(text), max_tp=1)
     assert report.padded["intermediate"] == 128 and not report.filled
+    assert report.average_bits > inspect(tmp_path / "out").average_bits  # of the weights that there were, not of zeros
     assert_close(logits(dense_model(tmp_path / "out")), source_logits(source), 0.05)
 
 
@@ -452,14 +454,14 @@ def refused(kind: type[BitshardError], says: str, model: Path, calibration: Cali
 
 
 def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
-    refused(SpecError, "calibration: found a text of 83 segments", model, small(text, samples=84))
+    refused(SpecError, "txt: found a text of .* tokens, 83 segments of 24", model, small(text, samples=84))
     refused(SpecError, "calibration: found segments of 129 tokens", model, small(text, length=129))
     refused(CheckpointError, "nowhere: found no such folder", tmp_path / "nowhere", small(text))
     refused(CheckpointError, "nowhere.txt: found No such file", model, small(tmp_path / "nowhere.txt"))
     refused(PlanError, "tensor-parallel degree: found 0", model, small(text), max_tp=0)
     for name, content, says in [
-        ("empty.txt", "", "found a text of 0 segments of 24 tokens; allowed: at least 6"),
-        ("short.txt", "Once upon a time", "found a text of 0 segments"),
+        ("empty.txt", "", "empty.txt: found a text of 0 tokens, 0 segments of 24; allowed: at least 6 segments"),
+        ("short.txt", "Once upon a time", "short.txt: found a text of 16 tokens, 0 segments"),
         ("no.jsonl", '{"txt": "x"}\n', "no.jsonl: found line 1: no `text`"),
     ]:
         (tmp_path / name).write_text(content)
@@ -480,6 +482,14 @@ def test_refuses_another_models_tokenizer(text: Path, tmp_path: Path) -> None:
     refused(
         CheckpointError, "v: found a tokenizer that gives token 9.; allowed: 0 to 63", small_vocabulary, small(text)
     )
+    unreadable = tmp_path / "greek.txt"
+    unreadable.write_text(500 * "αβγ", encoding="utf-8")
+    own = random_model(tmp_path / "own", "llama")
+    says = "own: found a tokenizer that does not know 100% of the calibration text; allowed: at most 50%"
+    refused(CheckpointError, says, own, small(unreadable))
+    easy = tmp_path / "easy.txt"  # none of its tokens is one that the model does not have
+    easy.write_text(50 * min(text.read_text(), key=ord) + 500 * " ", encoding="utf-8")
+    refused(CheckpointError, "v: found a tokenizer that gives token 95", small_vocabulary, small(easy))
     (small_vocabulary / "tokenizer.json").unlink()
     refused(CheckpointError, "v: found no usable tokenizer", small_vocabulary, small(text))
     assert not list(tmp_path.glob("refused*"))

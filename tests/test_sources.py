@@ -133,10 +133,16 @@ def test_a_plan_fetches_no_weights_of_a_16_bit_model(
     assert asked == [sources.CONFIG_FILES] + [sources.HUB_FILES] * weights
 
 
-@pytest.mark.parametrize("name", ["org/model", "/no/such/folder"])
-def test_the_hubs_no_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_no_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=f"^{name}: found no such folder, and the hub says: [^\n]*HF_TOKEN$"):
+    with pytest.raises(CheckpointError, match=r"^org/model: found no such folder, and the hub says: [^\n]*HF_TOKEN$"):
+        sources.resolve("org/model")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "../no/such", "~/no/such/folder"])
+def test_the_hub_is_not_asked_for_a_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(CheckpointError, match="no.*: found no such folder; allowed: a folder, a .gguf file or a hub"):
         sources.resolve(name)
 
 

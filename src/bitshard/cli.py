@@ -255,6 +255,9 @@ def quantize(
     for matrix in worst:
         table.add_row(matrix.name, f"{matrix.relative_error:.2e}")
     notes = [f"no calibration token reached {name}: rounded without feedback" for name in report.unseen]
+    if report.padded:
+        sizes = ", ".join(f"{name} {size}" for name, size in report.padded.items())
+        notes.append(f"padded with zeros to {sizes}, which the bits for each weight of the model include")
     if report.filled:
         counts = sorted(set(report.filled.values()))
         notes.append(
@@ -417,29 +420,38 @@ def _matrix_table(report: Inspection, every: bool) -> Table:
         "average": [m.average_bits for m in report.matrices],
         "outliers": [m.outliers or None for m in report.matrices],
         "error": [m.error for m in report.matrices],
+        "block's error": [m.block_error for m in report.matrices],
         "in 4-bit": [m.share_4bit for m in report.matrices],
     }
     shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     ordered = all(m.order == report.matrices[0].order for m in report.matrices)
     orders = [] if ordered else ["order"]
-    table = _columns(None, "matrix", "K x N", *settings, *orders, *shown, "count", left=["matrix", "order"])
-    for column in table.columns[1:]:
-        column.no_wrap = True
+    layer, count = (["layer"], []) if every else ([], ["count"])
+    table = _columns(None, *layer, "matrix", "K x N", *settings, *orders, *shown, *count, left=["matrix", "order"])
+    for column in table.columns:
+        column.no_wrap = column.header != "matrix"
     below = {re.sub(r"\.\d+\.", ".*.", _below_block(m.name)) for m in report.matrices}
     short = {name: name.rpartition(".")[2] for name in below}
     unique = len(set(short.values())) == len(short)
     kinds: dict[tuple[str, ...], list[int]] = {}
     for i, m in enumerate(report.matrices):
-        kind = re.sub(r"\.\d+\.", ".*.", _below_block(m.name))
-        name = m.name if every else short[kind] if unique else kind
+        below_block = _below_block(m.name)
+        kind = re.sub(r"\.\d+\.", ".*.", below_block)
+        name = short[kind] if unique and (kind == below_block or not every) else below_block if every else kind
         order = [] if ordered else [m.order]
-        row = (name, f"{m.in_features} x {m.out_features}", *(facts[i][setting] for setting in settings), *order)
+        size, own = f"{m.in_features} x {m.out_features}", [facts[i][setting] for setting in settings]
+        row = (*([_layer(m.name)] if every else []), name, size, *own, *order)
         kinds.setdefault(row, []).append(i)
-    names = list(dict.fromkeys(row[0] for row in kinds))
-    for row, members in sorted(kinds.items(), key=lambda kind: names.index(kind[0][0])):
+    first = list(dict.fromkeys(row[0] for row in kinds))
+    for row, members in sorted(kinds.items(), key=lambda kind: first.index(kind[0][0])):
         means = [_mean(values[i] for i in members) for values in shown.values()]
-        table.add_row(*row, *means, str(len(members)))
+        table.add_row(*row, *means, *([] if every else [str(len(members))]))
     return table
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else "-"
 
 
 def _mean(values: Iterable[float | None]) -> str:

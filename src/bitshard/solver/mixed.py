@@ -39,7 +39,7 @@ def solve_mixed(
     """Quantize one matrix [N, K], any float dtype, with the Hessian of its inputs, float32, on the same device.
 
     What leaves the least output error is kept of what is tried: two visiting orders, on a sample; min-max and searched
-    ranges, on a sample where that is clear; every strip rounded once more. So none of these hurts. Raises
+    ranges, in full unless a sample is CLEARLY in favour of the search; every strip rounded once more. Raises
     SolverError for values that are not finite, scales beyond fp16 or a Hessian that cannot be factored.
     """
     check_finite(W_NK, H_KK, name)
