@@ -60,7 +60,7 @@ def main() -> None:
         quantize(path, out, MixSpec(), calibration, recipe, progress=progress)
     except Enough:
         shutil.rmtree(partial)
-    result = {**header(), "model": name, "blocks": arguments.blocks, "rows": rows}
+    result = {**header("cpu"), "model": name, "blocks": arguments.blocks, "rows": rows}
     if arguments.what == "ranges":
         ratios = [row["search"] / row["minmax"] for row in rows]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
