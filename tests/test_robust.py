@@ -28,6 +28,7 @@ from bitshard.models import architecture, block_linears, shapes
 from bitshard.spec import QuantSpec
 from bitshard.writer import Task, Writer
 from commands import bitshard, refusal
+from dense import random_model, random_text
 from factory import random_checkpoint
 from kill import Killed, counting_down
 
@@ -470,3 +471,41 @@ def test_memory_is_one_blocks(tmp_path: Path) -> None:
     assert block > 25 * MIB
     assert two - small < 3 * block
     assert eight - two < block / 4
+
+
+QUANTIZE_MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from bitshard.pipeline import Calibration, quantize
+from bitshard.spec import MixSpec
+def anonymous():  # without the pages of mapped files, which are the system's to drop
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+folder, peaks, peak = Path(sys.argv[1]), [], 0
+threading.Thread(target=watch, daemon=True).start()
+for name in ("1", "2", "6"):  # the first is for what libraries allocate once
+    peak = 0
+    quantize(folder / name, folder / f"{name}-out", MixSpec(), Calibration(folder / "text.txt", 4, 16))
+    peaks.append(peak)
+print(*peaks)
+"""
+
+
+def test_memory_of_quantize_is_one_blocks(tmp_path: Path) -> None:
+    """What pipeline's docstring says: no more for more blocks."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024}
+    for blocks in (1, 2, 6):
+        random_model(tmp_path / str(blocks), "llama", num_hidden_layers=blocks, **sizes)
+    (tmp_path / "text.txt").write_text(random_text(200))
+    block = 4 * (2 * 512 * 512 + 3 * 512 * 1024)  # at least: k and v depend on the heads
+    environment = ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    command = [sys.executable, "-c", QUANTIZE_MEMORY, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    _, two, six = (int(number) for number in done.stdout.split())
+    assert six - two < block  # four more; blocks of one size differ by 3 MB among themselves

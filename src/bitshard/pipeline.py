@@ -12,7 +12,8 @@ the calibration's hidden states, what o and down read, and what the 16-bit block
 21 bytes more for each of a block's weights.
 
 An interrupted run leaves `OUT.partial` and continues from there to the same bytes: block i counts as done when its
-shard is there, and what block i + 1 starts from is written before it.
+shard is there, and what block i + 1 starts from is written before it. The same on one machine, with one torch and one
+number of threads: products of larger matrices are summed in another order by two threads than by one.
 """
 
 from __future__ import annotations
