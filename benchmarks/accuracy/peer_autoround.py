@@ -2,9 +2,8 @@
 
     python peer_autoround.py MODEL SEGMENTS OUT --bits 2 --group-size 32 --recipe light
 
-MODEL: a 16-bit folder. SEGMENTS: JSON, a list of lists of token ids. In fp32 without mixed precision (bf16 is slow on a
-CPU); otherwise its defaults: symmetric, batches of 8, SignSGD on rounding and ranges, 200 steps a block; or its recipe
-`light`, 50 larger ones. Writes GPTQ's format.
+MODEL: a 16-bit folder. SEGMENTS: JSON, a list of lists of token ids. Its defaults: symmetric, batches of 8, mixed precision,
+SignSGD on rounding and ranges, 200 steps a block; or its recipe `light`, 50 larger ones. Writes GPTQ's format.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ def main() -> None:
         nsamples=len(segments),
         seqlen=segments.shape[1],
         batch_size=8,
-        amp=False,
         device_map="cpu",
     )
     made = arguments.out.with_name(f"{arguments.out.name}.made")
