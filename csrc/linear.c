@@ -29,6 +29,8 @@ typedef struct {
     const uint16_t *outlier_values; /* float16 */
 } mix64;
 
+_Static_assert(sizeof(mix64) == 8 * sizeof(int64_t), "kernels/cpu.py has the same struct");
+
 static inline int64_t record_words(const mix64 *w) { return (4 + w->wide) * ROWS + ROWS / 2 + ROWS / 4; }
 
 typedef struct {
@@ -112,10 +114,11 @@ typedef struct {
     int64_t n;
     int bits[4]; /* of the strips of each 64 channels: the order of the codes depends on them */
     activations a;
+    int rounds;  /* that nobody before has the same codes */
 } factor;
 
-/* y [M, sum of n] = x times the matrices, side by side; a group of rows and at most `most` tokens at a time.
-   quantize: NULL for activations as they are. */
+/* y [M, sum of n] = x times the matrices, side by side, one or more of the same K; a group of rows and at most `most`
+   tokens at a time. quantize: NULL for activations as they are. */
 static int multiply(kernel *run, int64_t most, factor *factors, int count, quantizer *quantize, float *y, int64_t tokens,
                     int threads) {
     int64_t stride = 0, k = factors->a.k, blocks = k / factors->a.block, spans = k / factors->a.span;
@@ -127,8 +130,11 @@ static int multiply(kernel *run, int64_t most, factor *factors, int count, quant
         scales = malloc(count * tokens * (blocks + spans) * sizeof(float));
         if (!codes || !scales) return free(codes), free(scales), -1;
         for (int f = 0; f < count; f++) {
-            factors[f].a.codes = codes + f * tokens * k / 4;
-            factors[f].a.scales = scales + f * tokens * (blocks + spans);
+            int same = 0;
+            while (memcmp(factors[same].bits, factors[f].bits, sizeof factors->bits)) same++;
+            factors[f].rounds = same == f;
+            factors[f].a.codes = codes + same * tokens * k / 4;
+            factors[f].a.scales = scales + same * tokens * (blocks + spans);
             factors[f].a.sums = factors[f].a.scales + tokens * blocks;
         }
     }
@@ -137,7 +143,7 @@ static int multiply(kernel *run, int64_t most, factor *factors, int count, quant
         if (quantize) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < count * tokens; i++)
-                quantize(&factors[i / tokens].a, i % tokens, factors[i / tokens].bits);
+                if (factors[i / tokens].rounds) quantize(&factors[i / tokens].a, i % tokens, factors[i / tokens].bits);
         }
         float *columns = y;
         for (const factor *f = factors; f < factors + count; columns += f++->n) {
@@ -165,15 +171,15 @@ static int multiply(kernel *run, int64_t most, factor *factors, int count, quant
     return 0;
 }
 
-/* y [M, sum of n] = x [M, 64 * blocks] times the weights, side by side, all float32. bits8: activations rounded to 8 bits.
-   Returns 0, or -1 when there is no memory. */
-int bitshard_mix64(const float *x, float *y, int64_t tokens, const mix64 *weights, int count, int bits8, int isa,
-                   int threads) {
+/* y [M, sum of n] = x [M, 64 * blocks] times one or more weights of as many blocks, side by side, all float32. bits8:
+   activations rounded to 8 bits. Returns 0, or -1 when there is no memory. */
+int bitshard_mix64_side_by_side(const float *x, float *y, int64_t tokens, const mix64 *weights, int count, int bits8,
+                                int isa, int threads) {
     factor *factors = calloc(count, sizeof(factor));
     if (!factors) return -1;
     for (int f = 0; f < count; f++) {
         const mix64 *w = weights + f;
-        factors[f] = (factor){w, w, w->n, {2, 2, 2, 2}, {.exact = x, .k = w->blocks * 64, .block = 64, .span = 16}};
+        factors[f] = (factor){w, w, w->n, {2, 2, 2, 2}, {.exact = x, .k = w->blocks * 64, .block = 64, .span = 16}, 1};
         for (int s = 0; s < w->wide; s++) factors[f].bits[s] = 4;
     }
     int failed = multiply(mix64_kernels[isa], 8, factors, count, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
@@ -187,6 +193,6 @@ int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k
     gptq w = {n, k, group_size, width, qweight, scales, zeros};
     int64_t block = 64;
     while (group_size % block) block /= 2;
-    factor f = {&w, NULL, n, {width, width, width, width}, {.exact = x, .k = k, .block = block, .span = block}};
+    factor f = {&w, NULL, n, {width, width, width, width}, {.exact = x, .k = k, .block = block, .span = block}, 1};
     return multiply(gptq_kernels[isa], 4, &f, 1, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
 }

@@ -65,8 +65,8 @@ def test_refuses(option: str, value: object) -> None:
 def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="suffix '.txt'"):
         bench_kernels(SMALL, tmp_path / "k.txt")
-    monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "install bitshard where there is a C compiler")
-    with pytest.raises(BenchError, match="no kernels for cpu.*install bitshard where there is a C compiler"):
+    monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "install it again")
+    with pytest.raises(BenchError, match="no kernels for cpu.*install it again"):
         bench_kernels(SMALL)
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -256,7 +255,7 @@ def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch)
     linear.arrange()
     assert linear.arrangement == "file" and torch.equal(linear(torch.eye(len(W_KN))), W_KN)
     choose.cache_clear()
-    with pytest.raises(SpecError, match="install bitshard where there is a C compiler"):
+    with pytest.raises(SpecError, match="install bitshard again, where there is a C compiler"):
         choose("mix64", "cpu", torch.float32, 1, "cpu")
     choose.cache_clear()
 
@@ -280,23 +279,37 @@ def test_matrices_that_read_the_same_become_one_call(
     for linear in linears:
         linear.backend, linear.strip_order = backend, None  # which gathers an input of its own
         linear.arrange()
-    x, calls = torch.randn(tokens, 128), []
-    expected = [linear(x) for linear in linears] + [linears[0](x + 1)]
+    x, W_KN, calls = torch.randn(tokens, 128), torch.randn(128, 67), list[int]()
 
-    def counting(x: torch.Tensor, qweights: list[torch.Tensor], *rest: Any) -> torch.Tensor:
-        calls.append(len(qweights))
-        return found(x, qweights, *rest)
+    def compute(x: torch.Tensor) -> list[torch.Tensor]:  # the last one is what inductor's own passes look at
+        return [*(linear(x) for linear in linears), linears[0](x + 1), linears[0](x) + torch.mm(x, W_KN)]
 
-    found = cpu.mix64_linear
-    monkeypatch.setattr(cpu, "mix64_linear", counting)
-    together = torch.compile(
-        lambda x: [*(linear(x) for linear in linears), linears[0](x + 1)],
-        fullgraph=True, options={"post_grad_custom_pre_pass": FuseLinears()},
-    )  # fmt: skip
+    expected, found = compute(x), cpu._array
+    monkeypatch.setattr(cpu, "_array", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
+    together = torch.compile(compute, fullgraph=True, options={"post_grad_custom_pre_pass": FuseLinears()})
     with torch.no_grad():
-        assert all(map(torch.equal, together(x), expected))
-    assert calls == ([] if backend == "reference" else [3, 2, 1])
+        *outputs, last = together(x)
+    assert all(map(torch.equal, outputs, expected)) and torch.allclose(last, expected[-1], rtol=1e-4, atol=1e-4)
+    assert sorted(calls) == ([] if backend == "reference" else [1, 2, 4])
     torch.compiler.reset()
+
+
+def test_several_at_once_are_as_many_of_everything() -> None:
+    own = torch.zeros(1)
+    for scales2, outliers, rows in (([own], [], [16, 16]), ([own] * 2, [own] * 3, [16, 16]), ([own] * 2, [], [16])):
+        with pytest.raises(ValueError):
+            kernels.mix64_linears(torch.zeros(1, 64), [own] * 2, scales2, outliers, rows, [1, 1], "auto")
+    with pytest.raises(ValueError, match="no weights"):
+        kernels.mix64_linears(torch.zeros(1, 64), [], [], [], [], [], "auto")
+
+
+def test_what_another_version_built_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FUNCTIONS", {"bitshard_of_tomorrow": ()})
+    cpu.library.cache_clear()
+    assert cpu.missing() == "install bitshard again, where there is a C compiler"
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+    assert not cpu.missing()
 
 
 def test_one_thread_pool() -> None:

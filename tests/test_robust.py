@@ -497,6 +497,7 @@ print(*peaks)
 """
 
 
+@pytest.mark.slow
 def test_memory_of_quantize_is_one_blocks(tmp_path: Path) -> None:
     """What pipeline's docstring says: no more for more blocks."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024}
@@ -506,6 +507,6 @@ def test_memory_of_quantize_is_one_blocks(tmp_path: Path) -> None:
     block = 4 * (2 * 512 * 512 + 3 * 512 * 1024)  # at least: k and v depend on the heads
     environment = ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
     command = [sys.executable, "-c", QUANTIZE_MEMORY, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     _, two, six = (int(number) for number in done.stdout.split())
     assert six - two < block  # four more; blocks of one size differ by 3 MB among themselves

@@ -162,23 +162,24 @@ def test_a_whole_model_is_one_graph(spec: QuantSpec | MixSpec, model_type: str, 
         torch.compiler.reset()
 
 
-def test_a_compiled_step_writes_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = random_checkpoint(tmp_path / "in", "llama", MixSpec())
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # the second has biases
+def test_a_compiled_step_writes_the_same_text(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_checkpoint(tmp_path / "in", model_type, MixSpec())
     character_tokenizer().save_pretrained(path)
     plain = GenerateOptions(12, temperature=1.0, seed=3)  # compiling must not draw
-    calls, found = [], cpu.mix64_linear
-
-    def counting(x: torch.Tensor, qweights: list[torch.Tensor], *rest: Any) -> torch.Tensor:
-        calls.append(len(qweights))
-        return found(x, qweights, *rest)
-
-    monkeypatch.setattr(cpu, "mix64_linear", counting)
+    calls, found = list[int](), cpu._array
+    monkeypatch.setattr(cpu, "_array", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
     runs = [generate(path, "Hello", options) for options in (plain, replace(plain, compile=True))]
     if cpu.library() is not None:  # before the 14 of the token that is looked at for its collectives
         assert calls[-22:-14] == 2 * [3, 1, 2, 1]  # q, k and v; o; gate and up; down
     assert runs[0].token_ids == runs[1].token_ids and len(runs[0].token_ids) == 12
     assert runs[0].compile_seconds is None and (runs[1].compile_seconds or 0) > runs[1].seconds
     torch.compiler.reset()
+
+
+def test_what_cannot_be_compiled_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_checkpoint(tmp_path / "in", "llama", MixSpec())
+    character_tokenizer().save_pretrained(path)
     options = "generate", path, "Hello", "--compile"
     assert "--compile: found 2 ranks; allowed: one rank" in refusal(*options, "--tp", 2)
     for folder in (tmp_path / "made", "/proc/nothing"):  # no compiler, then no folder

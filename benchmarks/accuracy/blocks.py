@@ -4,8 +4,9 @@
     python benchmarks/accuracy/blocks.py --model smollm2-135m=SmolLM2.gguf --blocks 1 tuning --steps 64,128
 
 `ranges`: every matrix is solved with min-max ranges and with the search, on the same inputs and Hessian; error of its
-outputs with the search over that with min-max. `tuning`: every block is tuned with each number of steps and each rate;
-error of its outputs on held-out segments over that before. Segments as in run.py. One JSON file in benchmarks/results.
+outputs with the search (and the second pass over all strips that goes with it) over that with min-max. `tuning`: every
+block is tuned with each number of steps and each rate; error of its outputs on held-out segments over that before.
+Segments as in run.py. One JSON file in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def main() -> None:
         quantize(path, out, MixSpec(), calibration, recipe, progress=progress)
     except Enough:
         shutil.rmtree(partial)
+    shutil.rmtree(out, ignore_errors=True)  # where the model has no more blocks than that
     result = {**header("cpu"), "model": name, "blocks": arguments.blocks, "rows": rows}
     if arguments.what == "ranges":
         ratios = [row["search"] / row["minmax"] for row in rows]
@@ -94,9 +96,10 @@ def compare_tuning(rows: list[dict[str, Any]], settings: Sequence[tuple[int, flo
     tune = pipeline.tune
 
     def each(*given: Any) -> Any:
-        for steps, tuning.CODE_RATE in settings:
+        for steps, rate in settings:
+            tuning.CODE_RATE = rate
             tuned = tune(*given[:-1], steps)
-            rows.append({"steps": steps, "rate": tuning.CODE_RATE, "before": tuned.before, "after": tuned.after})
+            rows.append({"steps": steps, "rate": rate, "before": tuned.before, "after": tuned.after})
         return tuned  # of the last settings; the next block starts from what it left
 
     pipeline.tune = each

@@ -2,8 +2,9 @@
 
     python peer_autoround.py MODEL SEGMENTS OUT --bits 2 --group-size 32 --recipe light
 
-MODEL: a 16-bit folder. SEGMENTS: JSON, a list of lists of token ids. Its defaults: symmetric, batches of 8, mixed precision,
-SignSGD on rounding and ranges, 200 steps a block; or its recipe `light`, 50 larger ones. Writes GPTQ's format.
+MODEL: a 16-bit folder. SEGMENTS: JSON, a list of lists of token ids. Its defaults: symmetric, batches of 8, mixed
+precision, SignSGD on rounding and ranges, 200 steps a block; or its recipe `light`, 50 larger ones. Writes GPTQ's
+format.
 """
 
 from __future__ import annotations

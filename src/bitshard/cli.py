@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bitshard import __version__
 from bitshard.errors import BitshardError, CheckpointError, SpecError
+from bitshard.spec import MAX_SEED
 
 if TYPE_CHECKING:
     from bitshard.evaluate import Perplexity
@@ -39,7 +40,6 @@ Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 refused,
 interrupted, 2 a command line that cannot be read."""
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is no terminal
 INTERRUPTED = 130  # what typer makes of Ctrl-C
-MAX_SEED = 2**32 - 1
 ZEROS = {1: "stored minus one (v1)", 2: "stored as they are (v2)"}
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; refuses to time what fails its check.")
@@ -257,7 +257,7 @@ def quantize(
     notes = [f"no calibration token reached {name}: rounded without feedback" for name in report.unseen]
     if report.padded:
         sizes = ", ".join(f"{name} {size}" for name, size in report.padded.items())
-        notes.append(f"padded with zeros to {sizes}, which the bits for each weight of the model include")
+        notes.append(f"padded with zeros to {sizes}: {report.model_bits:.3f} bits for each weight that the model had")
     if report.filled:
         counts = sorted(set(report.filled.values()))
         notes.append(

@@ -151,6 +151,7 @@ def _compiled(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> dict[
     torch.compiler.reset()  # of graphs for other sizes and models it keeps no more than eight
     from bitshard.kernels.fuse import FuseLinears  # imports torch's compiler, which takes seconds
 
+    # the first is all that transformers' own mode, reduce-overhead, means; torch takes no options beside a mode
     options = {"triton.cudagraphs": True, "post_grad_custom_pre_pass": FuseLinears()}
     config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
     config._compile_all_devices = True  # processors too

@@ -55,6 +55,7 @@ from bitshard.spec import (
     BLOCK,
     FRACTIONS,
     GPTQ_RECIPE,
+    MAX_SEED,
     MIX_RECIPE,
     STRIP,
     MixRecipe,
@@ -99,22 +100,24 @@ class Calibration:
     def __post_init__(self) -> None:
         for name, least, usual in (("samples", 1, 32), ("length", 1, 512), ("seed", 0, 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise SpecError(name, repr(value), f"a number, {least} or more", f"leave it out for {usual}")
+            if type(value) is not int or not least <= value <= MAX_SEED:
+                allowed = f"a whole number, {least} to {MAX_SEED}"
+                raise SpecError(name, repr(value), allowed, f"leave it out for {usual}")
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done. average_bits: bits of all tensors of the quantized matrices for each weight that the model had.
+    """What was done. average_bits: of the quantized matrices, counted from the bytes of all their tensors.
 
-    unseen: experts' matrices that no calibration token reached, rounded without feedback. padded: sizes that `max_tp`
-    has made larger; filled: matrices whose input channels were filled up with zeros to whole blocks of 64, and how many
-    were added. tuned: of every block that was tuned, the error of its outputs on held-out segments before and after;
+    model_bits: the same bytes for each weight that the model had before `max_tp` padded it. unseen: experts' matrices
+    that no calibration token reached, rounded without feedback. padded: sizes that are larger now; filled: matrices
+    whose input channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block that was tuned, the error of its outputs on held-out segments before and after;
     matrices' errors are those before.
     """
 
     out: str
     average_bits: float
+    model_bits: float
     matrices: Sequence[SolveReport]
     unseen: Sequence[str]
     padded: Mapping[str, int]
@@ -316,7 +319,7 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more:
     vocabulary = checkpoint.config.get("vocab_size", largest + 1)
     if largest >= vocabulary:
         raise CheckpointError(
-            str(checkpoint.path), f"a tokenizer that gives token {largest}",
+            str(checkpoint.path), f"a tokenizer with tokens up to {largest}",
             f"0 to {vocabulary - 1}, as the model has them", "copy the model's own tokenizer files there",
         )  # fmt: skip
     unknown = float((segments_SL == tokenizer.unk_token_id).float().mean()) if tokenizer.unk_token_id is not None else 0
@@ -583,13 +586,15 @@ def _pack(weight: QuantizedWeight | MixedWeight) -> dict[str, torch.Tensor]:
 def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> QuantizeReport:
     linears = [pair for layer in range(job.sizes.layers) for pair in replace(job.plan, sizes=job.sizes).linears(layer)]
     rows = list(zip((name for name, _ in linears), solved.tolist(), strict=True))
-    own = [linear for layer in range(job.sizes.layers) for _, linear in job.plan.linears(layer)]
-    weights = sum(linear.in_features * linear.out_features for linear in own)
+    own = [pair for layer in range(job.sizes.layers) for pair in job.plan.linears(layer)]
+    weights, own_weights = (sum(m.in_features * m.out_features for _, m in some) for some in (linears, own))
+    bits = 8 * float(solved[:, 5].sum())
     grown = job.padding is not None and job.sizes != job.checkpoint.sizes
     fill = {name: -linear.in_features % BLOCK for name, linear in linears}
     return QuantizeReport(
         out=str(out),
-        average_bits=8 * float(solved[:, 5].sum()) / weights,
+        average_bits=bits / weights,
+        model_bits=bits / own_weights,
         matrices=[SolveReport(name, error, damp, int(dead), share) for name, (error, damp, dead, _, share, _) in rows],
         unseen=[name for name, (_, _, _, unseen, _, _) in rows if unseen],
         padded=vars(job.padding) if grown else {},

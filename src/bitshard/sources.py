@@ -32,8 +32,8 @@ def resolve(model: str, weights: bool = True) -> Path:
         return _converted_gguf(path, weights)
     if path.exists():
         raise CheckpointError(str(path), "a file", "a folder, a .gguf file or a hub id", "name the folder it is in")
-    if path.is_absolute() or model.startswith(("~", ".")):  # no hub id does
-        raise CheckpointError(str(path), "no such folder", "a folder, a .gguf file or a hub id", "check the name")
+    if path.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:  # no hub id looks so
+        raise CheckpointError(model, "no such folder", "a folder, a .gguf file or a hub id", "check the name")
     return _fetched(model, weights)
 
 

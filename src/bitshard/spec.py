@@ -15,12 +15,17 @@ METADATA = ("fine", "paper")
 MOST_OUTLIERS = 0.05  # above that a weight of 16 bits and its column cost more than 3 bits everywhere
 STRIP = 16  # input channels that share one scale and zero in `mix64` (g1 of 2311.16442)
 BLOCK = 64  # input channels of one aligned 128-bit load: four strips
+MAX_SEED = 2**32 - 1
 WORD_BITS = 32  # GPTQ packs codes into int32 words
 
 
 def codes_per_pack(bits: int) -> int:
     """Smallest number of codes that fills whole 32-bit words: 16, 32, 8, 4 for 2, 3, 4, 8 bits."""
     return WORD_BITS // gcd(bits, WORD_BITS)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class MixSpec:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in GPTQ_BITS:
             raise SpecError("bits", repr(self.bits), "2, 3, 4 or 8", "choose one of these widths")
-        if type(self.fraction_4bit) not in (int, float) or self.fraction_4bit not in FRACTIONS:
+        if not _is_number(self.fraction_4bit) or self.fraction_4bit not in FRACTIONS:
             raise SpecError(
                 "fraction_4bit",
                 repr(self.fraction_4bit),
@@ -227,15 +232,15 @@ class MixRecipe:
                 raise SpecError(name, repr(getattr(self, name)), " or ".join(allowed), "choose one of them")
         if type(self.correct) is not bool:
             raise SpecError("correct", repr(self.correct), "true or false", "choose one of them")
-        if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
+        if not _is_number(self.outliers) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SpecError(
                 "outliers",
                 repr(self.outliers),
                 f"a share of all weights from 0 to {MOST_OUTLIERS}",
                 "for example 0.002",
             )
-        some = type(self.average_bits) in (int, float) and 0 < (self.average_bits or 0) <= MOST_AVERAGE_BITS
-        if self.average_bits is not None and not some:
+        bits = self.average_bits
+        if bits is not None and not (_is_number(bits) and 0 < bits <= MOST_AVERAGE_BITS):
             raise SpecError(
                 "average_bits", repr(self.average_bits),
                 f"more than 0 and at most {MOST_AVERAGE_BITS}: 4 bits for all strips are 4.41", "for example 2.91",
@@ -304,10 +309,8 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         names -= {"ranking", "ranges", "outliers", "average_bits", "tune"}
     for name in given:
         if name not in names:
-            allowed = f"the options of format {format}" + (
-                f", whose groups are strips of {STRIP}" * (format == "mix64")
-            )
-            raise SpecError(name, repr(given[name]), allowed, "leave it out")
+            groups = f", whose groups are strips of {STRIP}" if name == "group_size" else ""
+            raise SpecError(name, repr(given[name]), f"the options of format {format}{groups}", "leave it out")
     if {"average_bits", "fraction_4bit"} <= given.keys():
         raise SpecError(
             "average_bits", f"{given['average_bits']} with fraction_4bit {given['fraction_4bit']}",

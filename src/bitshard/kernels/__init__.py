@@ -1,4 +1,5 @@
-"""One torch op for each layout, `torch.ops.bitshard.gptq_linear` and `mix64_linear`, and the kernels behind them.
+"""One torch op for each layout, `torch.ops.bitshard.gptq_linear` and `mix64_linear`, and the kernels behind them; one
+for several `mix64` matrices at once.
 
 `gptq_linear`:
 
@@ -191,7 +192,7 @@ def _(
         from bitshard.kernels import triton
 
         return triton.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
-    return cpu.mix64_linear(x, [qweight], [metadata[0]], outliers, [out_features], [wide], kernel == "cpu-int8")
+    return cpu.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide, kernel == "cpu-int8")
 
 
 @torch.library.impl("bitshard::mix64_linears", ("CPU",))
@@ -205,7 +206,8 @@ def _(
     backend: str,
 ) -> torch.Tensor:
     kernel = choose("mix64", "cpu", x.dtype, x.shape[:-1].numel(), backend)
-    return cpu.mix64_linear(x, qweights, scales2, outliers, out_features, wides, kernel == "cpu-int8")
+    assert kernel != "reference"  # which reads one matrix at a time
+    return cpu.mix64_linears(x, qweights, scales2, outliers, out_features, wides, kernel == "cpu-int8")
 
 
 @torch.library.register_fake("bitshard::mix64_linears")  # type: ignore[untyped-decorator]

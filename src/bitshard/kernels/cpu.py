@@ -16,6 +16,7 @@ import torch
 
 from bitshard.spec import BLOCK
 
+NO_OUTLIERS = (None, None, None)
 INSTRUCTION_SETS = ("any processor", "AVX2", "AVX-512", "AVX-512 with VNNI")
 # weights times tokens: two threads took 10 us for 128 x 896 weights, of which one alone takes 6
 WORTH_A_THREAD = 1 << 18
@@ -23,7 +24,7 @@ WORTH_A_THREAD = 1 << 18
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 FUNCTIONS = {  # x, y, tokens, the weights, bits8, instruction set, threads
     "bitshard_gptq": (POINTER, POINTER, LONG, LONG, LONG, LONG, INT, *[POINTER] * 3, INT, INT, INT),
-    "bitshard_mix64": (POINTER, POINTER, LONG, POINTER, INT, INT, INT, INT),
+    "bitshard_mix64_side_by_side": (POINTER, POINTER, LONG, POINTER, INT, INT, INT, INT),
 }
 
 
@@ -44,18 +45,20 @@ class Mix64(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None where the package was installed without a C compiler."""
+    """None where the package was installed without a C compiler, or what was built is another version's."""
     built = sorted(Path(__file__).parent.glob("_linear*.so"))
     if not built:
         return None
     found = ctypes.CDLL(str(built[0]))
+    if not all(hasattr(found, name) for name in FUNCTIONS):
+        return None
     for name, arguments in FUNCTIONS.items():
         getattr(found, name).argtypes = arguments
     return found
 
 
 def missing() -> str:
-    return "" if library() is not None else "install bitshard where there is a C compiler"
+    return "" if library() is not None else "install bitshard again, where there is a C compiler"
 
 
 @cache
@@ -83,6 +86,20 @@ def gptq_linear(
 
 def mix64_linear(
     x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales2: torch.Tensor,
+    outliers: Sequence[torch.Tensor],
+    out_features: int,
+    wide: int,
+    bits8: bool,
+) -> torch.Tensor:
+    """`mix64` tensors from `records.mix64_rows`. wide: 4-bit strips of each block."""
+    weight = _mix64(x, qweight, scales2, outliers, out_features, wide)
+    return _call("bitshard_mix64_side_by_side", x, out_features, (_array(weight), 1), bits8)
+
+
+def mix64_linears(
+    x: torch.Tensor,
     qweights: Sequence[torch.Tensor],
     scales2: Sequence[torch.Tensor],
     outliers: Sequence[torch.Tensor],
@@ -90,16 +107,27 @@ def mix64_linear(
     wides: Sequence[int],
     bits8: bool,
 ) -> torch.Tensor:
-    """`mix64` tensors of one or more weights from `records.mix64_rows`; their outputs side by side.
-
-    outliers: three tensors for each weight, or none. wides: 4-bit strips of each block.
+    """Several of them, their outputs side by side. outliers: three tensors for each, or none. Raises ValueError when
+    there are not as many of everything.
     """
+    own = [outliers[i : i + 3] for i in range(0, len(outliers), 3)] or [()] * len(qweights)
+    weights = [_mix64(x, *weight) for weight in zip(qweights, scales2, own, out_features, wides, strict=True)]
+    if not weights:
+        raise ValueError("no weights")
+    return _call("bitshard_mix64_side_by_side", x, sum(out_features), (_array(*weights), len(weights)), bits8)
+
+
+def _mix64(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales2: torch.Tensor,
+    outliers: Sequence[torch.Tensor],
+    out_features: int,
+    wide: int,
+) -> tuple[int | None, ...]:
+    rows, columns, values = [tensor.data_ptr() for tensor in outliers] if outliers else NO_OUTLIERS
     blocks = x.shape[-1] // BLOCK
-    weights = []
-    for i, (rows, wide) in enumerate(zip(out_features, wides, strict=True)):
-        pointers = [tensor.data_ptr() for tensor in outliers[3 * i : 3 * i + 3]] or (None, None, None)
-        weights.append((rows, blocks, wide, qweights[i].data_ptr(), scales2[i].data_ptr(), *pointers))
-    return _call("bitshard_mix64", x, sum(out_features), (_array(*weights), len(weights)), bits8)
+    return out_features, blocks, wide, qweight.data_ptr(), scales2.data_ptr(), rows, columns, values
 
 
 @lru_cache(maxsize=1 << 14)  # more than any model has matrices; to make one takes several microseconds
