@@ -111,8 +111,8 @@ class QuantizeReport:
 
     model_bits: the same bytes for each weight that the model had before `max_tp` padded it. unseen: experts' matrices
     that no calibration token reached, rounded without feedback. padded: sizes that are larger now; filled: matrices
-    whose input channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block that was tuned, the error of its outputs on held-out segments before and after;
-    matrices' errors are those before.
+    whose input channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block
+    that was tuned, the error of its outputs on held-out segments before and after; matrices' errors are those before.
     """
 
     out: str
