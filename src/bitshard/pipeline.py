@@ -147,6 +147,11 @@ class _Job:
         return replace(self.checkpoint.sizes, **vars(self.padding)) if self.padding else self.checkpoint.sizes
 
     @property
+    def padded_plan(self) -> TPPlan:
+        """The model as it is quantized."""
+        return replace(self.plan, sizes=self.sizes)
+
+    @property
     def config_updates(self) -> dict[str, Any]:
         return self.padding.config_updates(self.checkpoint.arch, self.checkpoint.config) if self.padding else {}
 
@@ -277,7 +282,7 @@ def _check_gptq(job: _Job, spec: QuantSpec) -> None:
             "desc_act", "true with order model", "one of the two: an ordered model needs no act_order", "leave one out"
         )
     word = codes_per_pack(spec.bits)
-    for name, linear in replace(job.plan, sizes=job.sizes).linears(0):
+    for name, linear in job.padded_plan.linears(0):
         k, n = linear.in_features, linear.out_features
         for size, what, unit, unit_name, fix in (
             (k, "input", spec.group(k), "groups", "choose a group_size that divides it, for example 32 or -1"),
@@ -358,7 +363,7 @@ def _allocate(
     errors, (sizes, budget) = [], _budget(job, average_bits)
     for layer in progress(range(job.sizes.layers), "allocating"):
         tensors, edit = job.read_block(layer), job.edit(layer)
-        for name, linear in replace(job.plan, sizes=job.sizes).linears(layer):
+        for name, linear in job.padded_plan.linears(layer):
             W_NK = tensors[f"{name}.weight"][:: ceil(linear.out_features / ALLOCATE_ROWS)].float()
             active_K = activity[name][edit.rows[name]] if name in edit.rows else activity[name]
             stored = ceil(linear.in_features / BLOCK) * BLOCK
@@ -380,7 +385,7 @@ def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
     """
     sizes, weights = {}, 0
     for layer in range(job.sizes.layers):
-        for name, linear in replace(job.plan, sizes=job.sizes).linears(layer):
+        for name, linear in job.padded_plan.linears(layer):
             k, n = linear.in_features, linear.out_features
             sizes[name] = [_bytes(_with_fraction(job, fraction), job.recipe, k, n) for fraction in FRACTIONS]
             weights += ceil(k / BLOCK) * BLOCK * n
@@ -584,7 +589,7 @@ def _pack(weight: QuantizedWeight | MixedWeight) -> dict[str, torch.Tensor]:
 
 
 def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> QuantizeReport:
-    linears = [pair for layer in range(job.sizes.layers) for pair in replace(job.plan, sizes=job.sizes).linears(layer)]
+    linears = [pair for layer in range(job.sizes.layers) for pair in job.padded_plan.linears(layer)]
     rows = list(zip((name for name, _ in linears), solved.tolist(), strict=True))
     own = [pair for layer in range(job.sizes.layers) for pair in job.plan.linears(layer)]
     weights, own_weights = (sum(m.in_features * m.out_features for _, m in some) for some in (linears, own))
