@@ -330,3 +330,49 @@ def test_what_kernels_read_is_known_without_the_weights() -> None:
         linear.arrange()
         known = read_by_kernels(linear.spec, linear.in_features, "cpu")
         assert (linear.arrangement == "cpu") == known == (linear.kernel(torch.float32, 1) != "reference")
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+def test_an_input_of_another_width_is_refused(arranged: bool) -> None:
+    """Narrower or wider, by less than a block or more, whatever the layout; no kernel reads what is not there."""
+    for linear, W_KN in (*layers(), gptq(QuantSpec(3, 32), 64, 96), gptq(QuantSpec(8, -1), 64, 96)):
+        if arranged:
+            linear.arrange()
+        k = len(W_KN)
+        for width in (0, 1, k - 64, k - 1, k + 1, k + 38, 2 * k):
+            with pytest.raises(SpecError, match=rf"input: found {width} channels; allowed: {k}, as this"):
+                linear(torch.zeros(2, width))
+
+
+def test_weights_and_input_are_on_one_device() -> None:
+    """Of devices only one may be here: the check is of what is said of them."""
+    for arrangement, x, weight in (
+        ("file", "cpu", "meta"),
+        ("cpu", "meta", "meta"),
+        ("gpu", "cpu", "cpu"),
+        ("gpu", "cpu", "meta"),
+    ):
+        with pytest.raises(SpecError, match=f"weights on {weight}.* with an input on {x}"):
+            kernels._require_device(torch.zeros(1, device=x), torch.zeros(1, device=weight), arrangement)  # type: ignore[arg-type]
+
+
+def test_another_kernel_than_the_one_meant_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = tuple(
+        replace(kernel, missing=lambda why="no NVRTC" * (kernel.name == "decode"): why) for kernel in kernels.KERNELS
+    )
+    monkeypatch.setattr(kernels, "KERNELS", found)
+    kernels._report.cache_clear()
+    choose.cache_clear()
+    for tokens in (1, 2):
+        assert choose("mix64", "gpu", torch.float16, tokens, "exact") == "triton"
+        assert choose("gptq", "gpu", torch.float16, tokens, "exact") == "triton"
+        assert choose("mix64", "cpu", torch.float64, tokens, "auto") == "reference"
+        assert choose("mix64", "cpu", torch.float32, tokens, "reference") == "reference"
+        assert choose("mix64", "file", torch.float32, tokens, "auto") == "reference"  # reported by name when loaded
+    assert [record.message for record in caplog.records] == [
+        "triton runs instead of decode: no NVRTC",
+        "plain torch runs mix64 for float64 activations, which no other kernel takes",
+    ]
+    choose.cache_clear()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitshard.bitpack import pack, packed_length
+from bitshard.errors import SpecError
 from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why_not_arranged, why_not_triton
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
@@ -41,6 +42,19 @@ class PackedLinear(nn.Module):
     def rows(self) -> int:
         """Output channels that this rank has."""
         return (self.file_shape or self.qweight.shape)[self.rows_dim]
+
+    @property
+    def columns(self) -> int:
+        """Input channels that this rank has."""
+        raise NotImplementedError
+
+    def require_width(self, x: torch.Tensor) -> None:
+        """Raises SpecError for an input [..., K] of another K: a kernel would read what is not there."""
+        if x.shape[-1] != self.columns:
+            raise SpecError(
+                "input", f"{x.shape[-1]} channels", f"{self.columns}, as this {self.layout_name} matrix has",
+                "pass what the layer was made for",
+            )  # fmt: skip
 
     def arrange(self) -> None:
         """Put the weights as the kernels of their device read them, if there are any that read them at all."""
@@ -102,6 +116,10 @@ class QuantLinear(PackedLinear):
         self.register_buffer("sorted_perm", None, persistent=False)
         self.cut = "plain"
 
+    @property
+    def columns(self) -> int:
+        return (self.file_shape or self.qweight.shape)[0] * 32 // self.spec.bits
+
     def order_rows(self) -> None:
         """Sort the rows by group (stable, 2402.04925 Algorithm 1) and drop `g_idx` where groups come out whole.
 
@@ -148,6 +166,7 @@ class QuantLinear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
+        self.require_width(x)
         if self.perm is not None:
             x = x[..., self.perm]
         how = self.spec.bits, self.layout.zeros_version, self.arrangement, self.backend
@@ -196,11 +215,17 @@ class Mix64Linear(PackedLinear):
         for suffix in Mix64Layout.suffixes:
             self.register_parameter(suffix, None)
 
+    @property
+    def columns(self) -> int:
+        strips = (self.file_shape or self.qweight.shape)[1]
+        return min(self.in_features, strips * STRIP)  # only a whole matrix has strips that are filled up
+
     def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
         return mix64_rows(tensors, self.spec) if device == "cpu" else mix64_lanes(tensors, self.spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
+        self.require_width(x)
         spec, own = self.spec, self._parameters  # a name looked up there takes a fifth of the time of an attribute
         rows, strips = self.file_shape or self.qweight.shape
         if unused := strips * STRIP - x.shape[-1]:

@@ -24,6 +24,7 @@ rounds activations), or the name of one.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -34,6 +35,8 @@ import torch
 from bitshard.errors import SpecError
 from bitshard.kernels import cpu, decode, reference
 from bitshard.spec import MixSpec
+
+logger = logging.getLogger(__name__)
 
 Arrangement = Literal["file", "cpu", "gpu"]
 HALVES = (torch.float16, torch.bfloat16)
@@ -57,10 +60,15 @@ class Kernel:
     most_tokens: int | None = None  # for which it is chosen
     exact: bool = True  # activations are taken as they are
 
-    def runs(self, layout: str, arrangement: Arrangement, dtype: torch.dtype) -> bool:
-        """Whether it can multiply these here."""
-        reads = arrangement in self.reads and layout in self.layouts and dtype in self.dtypes
-        return reads and not self.missing()
+    def takes(self, layout: str, arrangement: Arrangement, dtype: torch.dtype) -> bool:
+        """Whether it can multiply these, where it runs at all."""
+        return arrangement in self.reads and layout in self.layouts and dtype in self.dtypes
+
+    def fits(self, tokens: int, backend: str) -> bool:
+        """Whether it is what a backend asks for with so many tokens."""
+        if backend not in ("exact", "auto"):
+            return backend == self.name
+        return (self.most_tokens is None or tokens <= self.most_tokens) and (self.exact or backend == "auto")
 
 
 KERNELS = (  # in order of preference
@@ -97,23 +105,33 @@ mix64_linears = torch.ops.bitshard.mix64_linears.default
 def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
     """The kernel that runs. Raises SpecError for one that does not exist or cannot read this."""
     require_backend(backend)
-    able = [kernel for kernel in KERNELS if kernel.runs(layout, arrangement, dtype)]
-    for kernel in able:
-        if backend in ("exact", "auto"):
-            fits = kernel.most_tokens is None or tokens <= kernel.most_tokens
-            wanted = fits and (kernel.exact or backend == "auto")
-        else:
-            wanted = kernel.name == backend
-        if wanted:
-            return kernel.name
+    takers = [kernel for kernel in KERNELS if kernel.takes(layout, arrangement, dtype)]
+    wanted = [kernel for kernel in takers if kernel.fits(tokens, backend)]
+    if chosen := next((kernel for kernel in wanted if not kernel.missing()), None):
+        if chosen != wanted[0]:
+            _report(f"{chosen.name} runs instead of {wanted[0].name}: {wanted[0].missing()}")
+        elif chosen.name == "reference" != backend and arrangement != "file":
+            _report(f"plain torch runs {layout} for {_name(dtype)} activations, which no other kernel takes")
+        return chosen.name
+    able = [kernel.name for kernel in takers if not kernel.missing()]
     asked = next((kernel for kernel in KERNELS if kernel.name == backend), KERNELS[-1])
     what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
     raise SpecError(
         "backend",
-        f"{backend} for {layout} {what[arrangement]}, {str(dtype).removeprefix('torch.')} activations",
-        ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
+        f"{backend} for {layout} {what[arrangement]}, {_name(dtype)} activations",
+        ", ".join(["exact", "auto", *able]),
         asked.missing() or "choose one of these",
     )
+
+
+@cache
+def _report(what: str) -> None:
+    """Once: a slower kernel than the one that was to run gives the same results, and would go unnoticed."""
+    logger.warning(what)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def wide_strips(bits: int, fraction_4bit: float) -> int:
@@ -121,11 +139,16 @@ def wide_strips(bits: int, fraction_4bit: float) -> int:
     return 4 if bits == 4 else int(4 * fraction_4bit)
 
 
-def _require_device(x: torch.Tensor, arrangement: Arrangement) -> None:
-    """C would read a GPU's pointers."""
-    if arrangement == "cpu" and x.device.type != "cpu":
+HOMES = {"cpu": "cpu", "gpu": "cuda"}  # device types, by arrangement
+
+
+def _require_device(x: torch.Tensor, weight: torch.Tensor, arrangement: Arrangement) -> None:
+    """C would read a GPU's pointers, and a GPU C's."""
+    if x.device != weight.device or x.device.type != HOMES.get(arrangement, x.device.type):
+        made = f", arranged for {HOMES[arrangement]}" if arrangement in HOMES else ""
         raise SpecError(
-            "weights", f"arranged for a processor, with an input on {x.device.type}", "weights and input of one device",
+            "weights", f"weights on {weight.device}{made}, with an input on {x.device}",
+            "weights and input on the device that the model was loaded on",
             "load the model on that device instead of moving it there",
         )  # fmt: skip
 
@@ -155,7 +178,7 @@ def _(
     arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
-    _require_device(x, arrangement)
+    _require_device(x, qweight, arrangement)
     kernel = choose("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
@@ -180,7 +203,7 @@ def _(
     arrangement: Arrangement,
     backend: str,
 ) -> torch.Tensor:
-    _require_device(x, arrangement)
+    _require_device(x, qweight, arrangement)
     kernel = choose("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         spec = MixSpec(bits, fraction_4bit, metadata_kind)
