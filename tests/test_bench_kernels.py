@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 
 from bitshard import kernels as registry
 from bitshard.bench import ggml, kernels
+from bitshard.bench.gpu_peers import Peer
 from bitshard.bench.kernels import KernelBench, bench_kernels
 from bitshard.bench.timing import cpu_seconds
 from bitshard.errors import BenchError, CheckpointError, SpecError
@@ -31,7 +35,7 @@ def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     report = bench_kernels(SMALL, tmp_path / "out" / "k.json")
     ours = [f"{layout} {kernel}" for layout in ("mix64", "gptq 4-bit") for kernel in ("cpu-int8", "cpu")]
-    wanted = [*ours, "torch float32", "torch bfloat16"]
+    wanted = [*ours[:2], "mix64, 0.2% outliers, cpu-int8", *ours[2:], "torch float32", "torch bfloat16"]
     for n, k in SMALL.shapes:
         of_ggml = ["ggml q2_K"] if ggml.libraries() is not None and k % 256 == 0 else []
         for tokens in SMALL.tokens:
@@ -48,9 +52,29 @@ def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
 
 def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(kernels.MOST_ERROR, "int8", 1e-6)
-    with pytest.raises(BenchError, match="mix64 cpu-int8, 64x256, M=1: found error .*; allowed: 1e-06 at most"):
+    report = bench_kernels(SMALL, tmp_path / "k.json")
+    assert {row.kernel for row in report.rows} >= {"mix64 cpu", "torch float32"}
+    assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 3
+    assert json.loads((tmp_path / "k.json").read_text())["refused"] == report.refused
+    with pytest.raises(BenchError, match=r"mix64 cpu-int8, 64x256, M=1, 1 threads: found error .*; allowed"):
+        report.require_all()
+
+
+def test_what_was_measured_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever ends a run."""
+
+    def interrupt(calls: object, repetitions: int) -> list[list[float]]:
+        if len(cases) == 3:
+            raise KeyboardInterrupt
+        cases.append(1)
+        return measure(calls, repetitions)
+
+    cases, (contend, measure, floors) = list[int](), kernels._OF_DEVICE["cpu"]
+    monkeypatch.setitem(kernels._OF_DEVICE, "cpu", (contend, interrupt, floors))
+    with pytest.raises(KeyboardInterrupt):
         bench_kernels(SMALL, tmp_path / "k.json")
-    assert not list(tmp_path.iterdir())
+    written = json.loads((tmp_path / "k.json").read_text())
+    assert {row["tokens"] for row in written["rows"]} == {1, 5} and written["cases_left"] == 5
 
 
 @pytest.mark.parametrize(
@@ -70,6 +94,14 @@ def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path
         bench_kernels(SMALL)
 
 
+def other_programs(W_NK: torch.Tensor, rows: int) -> list[tuple[str, Callable[[], Peer]]]:
+    def broken() -> Peer:
+        raise ImportError("no such\n  symbol")
+
+    peer = Peer("another", W_NK.nbytes, W_NK[:rows].float(), lambda: lambda x_MK: x_MK @ W_NK.T)
+    return [("another", lambda: peer), ("one more", broken)]
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no g++")
 @pytest.mark.skipif(bool(why_not_triton()), reason="no triton")
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,15 +118,35 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "KERNELS", tuple(replace(k, missing=lambda: "") for k in registry.KERNELS))
     monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "")
     monkeypatch.setattr(kernels, "_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setitem(registry.HOMES, "gpu", "cpu")
     monkeypatch.setattr(kernels, "capture", lambda call: call)
     monkeypatch.setattr(kernels, "cuda_seconds", cpu_seconds)
     monkeypatch.setattr(kernels, "MOST_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(kernels, "LEAST_CALLS", 3)
+    monkeypatch.setattr(kernels, "AWAKE_SECONDS", 0)
+    monkeypatch.setattr(kernels, "peers", other_programs)
     registry.choose.cache_clear()
     with pytest.raises(BenchError, match="no GPU that torch sees"):
         bench_kernels(KernelBench(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    report = bench_kernels(KernelBench(((64, 256),), (1, 3), (1,), 3, "cuda"), tmp_path / "k.json")
+    report = bench_kernels(KernelBench(((64, 256),), (1, 9), (1,), 3, "cuda"), tmp_path / "k.json")
     registry.choose.cache_clear()
     decodes = ["mix64 decode", "mix64 decode, no ring", "mix64 decode, no prefetch of x"]
-    assert {row.kernel for row in report.rows} == {*decodes, "mix64 triton", "gptq 4-bit triton", "torch float16"}
-    assert len(report.rows) == 2 * 6 and all(row.error < 2e-3 for row in report.rows)
+    others = "mix64 triton", "mix64, 0.2% outliers, decode", "gptq 4-bit triton", "torch float16", "another"
+    assert {row.kernel for row in report.rows} == {*decodes, *others}
+    assert len(report.rows) == 8 + 7 and all(row.error < 2e-3 for row in report.rows)
+    assert report.refused == {"one more, 64x256": "ImportError: no such symbol"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("failing", ["pytest", "bitshard", ""])
+def test_the_command_for_a_gpu(failing: str, tmp_path: Path) -> None:
+    """Kernels are timed even when a test fails, and either failure is the command's."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/said\n[ "$2" != "{failing}" ]\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "gpu-check", f"GPU_PYTHON={python}"], cwd=Path(__file__).parents[1], check=False)
+    tests, bench = (tmp_path / "said").read_text().splitlines()
+    assert (done.returncode == 0) == (not failing)
+    assert tests.startswith("-m pytest") and all((Path(__file__).parents[1] / f).exists() for f in tests.split()[-4:])
+    assert bench.startswith("-m bitshard bench kernels --device cuda --out benchmarks/results/")

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from bitshard.kernels import decode
 from bitshard.kernels.decode import Variant
@@ -136,6 +138,26 @@ def test_an_activation_that_is_not_finite_is_not_hidden(value: float, device: to
     x[0, 3] = value
     found = run(tensors, spec, x, n)
     assert not found[0].isfinite().any() and found[1].isfinite().all()
+
+
+def test_no_toolkit_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler of kernels would stop where it finds none, as beside most torches from pip."""
+
+    class Kernel:
+        def __init__(self, source: str, name: str, nvcc_options: list[str]) -> None:
+            assert name in source and cpp_extension.include_paths("cuda")
+
+        def set_shared_memory_config(self, nbytes: int) -> None:
+            assert nbytes == variant.shared_bytes
+
+    variant = Variant.of(1, 1, torch.float16)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", Kernel)
+    with pytest.raises(OSError, match="CUDA_HOME"):
+        cpp_extension.include_paths("cuda")
+    assert isinstance(decode._compiled.__wrapped__(variant, torch.device("cuda")), Kernel)
+    assert cpp_extension.CUDA_HOME is None
 
 
 VARIANTS = [

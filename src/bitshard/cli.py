@@ -669,6 +669,7 @@ def bench_kernels(
     config = KernelBench(tuple(sizes), numbers, _numbers("--threads", threads), repetitions, device)
     report = run(config, out, _progress)
     _emit(report.to_dict(), as_json, report.render())
+    report.require_all()
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

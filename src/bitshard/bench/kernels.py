@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
+from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from bitshard.bench import ggml, report
+from bitshard.bench.gpu_peers import peers
 from bitshard.bench.timing import Call, Times, capture, cpu_seconds, cuda_seconds
 from bitshard.errors import BenchError, SpecError
 from bitshard.kernels import decode, why_not_arranged
@@ -39,6 +41,7 @@ IN_A_ROW = 8  # calls of one kernel on a processor, each with another copy
 LONG_SECONDS = 0.02  # of a call that needs no others
 LEAST_CALLS = 32  # of one graph
 AWAKE_SECONDS = 0.1  # of a GPU's work before anything is timed
+OUTLIERS = 0.002  # of a matrix that has some: the least of the paper's
 CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
 MOST_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02}  # by what is rounded
 SHAPES = {  # (N, K) of one matrix: 7B and 70B models' on a GPU
@@ -110,10 +113,14 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class KernelReport:
+    """floors: by threads. refused: why nothing was timed, by kernel and case. cases_left: not come to yet."""
+
     header: dict[str, Any]
     config: KernelBench
-    floors: dict[int, Floors]  # by threads
+    floors: dict[int, Floors]
     rows: list[KernelRow]
+    refused: dict[str, str]
+    cases_left: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -122,7 +129,15 @@ class KernelReport:
             "config": asdict(self.config),
             "floors": {str(threads): asdict(floors) for threads, floors in self.floors.items()},
             "rows": [asdict(row) for row in self.rows],
+            "refused": self.refused,
+            "cases_left": self.cases_left,
         }
+
+    def require_all(self) -> None:
+        """Raises BenchError when a kernel was not timed."""
+        for where, why in self.refused.items():
+            more = f" ({len(self.refused) - 1} more in the results)" if len(self.refused) > 1 else ""
+            raise BenchError(where, f"{why}{more}", "a right product", "the others were timed")
 
     def render(self) -> Table:
         lines = []
@@ -165,14 +180,18 @@ class KernelReport:
 
 
 def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progress = silent) -> KernelReport:
-    """Check, then time, and write `out` (.json, and .png beside it) if given. Raises BenchError for a wrong output."""
+    """Check, then time, and write `out` (.json after every case, .png beside it at the end) if given.
+
+    A kernel with a wrong output, or none, is not timed; `require_all` of the report says so.
+    """
     if out is not None:
         report.require_json_path(out)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("bench kernels", "no GPU that torch sees", "an NVIDIA GPU", "use --device cpu")
     if why := why_not_arranged(config.device):
         raise BenchError("bench kernels", f"no kernels for {config.device}", "a machine that has them", why)
-    header, threads_before, rows = report.header(config.device), torch.get_num_threads(), []
+    header, threads_before = report.header(config.device), torch.get_num_threads()
+    rows, refused = list[KernelRow](), dict[str, str]()
     contend, measure, find_floors = _OF_DEVICE[config.device]
     cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
     floors: dict[int, Floors] = {}
@@ -181,15 +200,18 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
             torch.set_num_threads(threads)
             floors[threads] = find_floors()
         contenders: dict[tuple[int, int], list[_Contender]] = {}
-        for shape, m, threads in progress(cases, "measuring"):
+        for left, (shape, m, threads) in zip(range(len(cases) - 1, -1, -1), progress(cases, "measuring"), strict=True):
             torch.set_num_threads(threads)
             if shape not in contenders:
-                contenders = {shape: contend(*shape)}  # one shape's weights in memory
-            rows += _measure(contenders[shape], shape, m, threads, config, measure)
+                contenders = {shape: contend(*shape, refused)}  # one shape's weights in memory
+            fit = [contender for contender in contenders[shape] if m <= contender.most_tokens]
+            rows += _measure(fit, shape, m, threads, config, measure, refused)
+            if out is not None:  # what has been measured stays, whatever ends the run
+                report.write_json(out, KernelReport(header, config, floors, rows, refused, left).to_dict())
     finally:
         torch.set_num_threads(threads_before)
     header["load_after"] = report.load()
-    result = KernelReport(header, config, floors, rows)
+    result = KernelReport(header, config, floors, rows, refused)
     if out is not None:
         result.write(out)
     return result
@@ -206,7 +228,7 @@ def _floors() -> Floors:
 class _Contender:
     """prepare(x, threads): a call for each copy of the matrix, and the first one's output once it has been called.
 
-    rounds: key of MOST_ERROR. W_RK: the rows of the matrix that are checked.
+    rounds: key of MOST_ERROR. W_RK: the rows of the matrix that are checked. most_tokens: with which it is measured.
     """
 
     name: str
@@ -214,15 +236,19 @@ class _Contender:
     nbytes: int
     W_RK: torch.Tensor
     prepare: Callable[[torch.Tensor, int], tuple[list[Call], Callable[[], torch.Tensor]]]
+    most_tokens: float = inf
 
 
-def _contenders(n: int, k: int) -> list[_Contender]:
+def _contenders(n: int, k: int, refused: dict[str, str]) -> list[_Contender]:
     """Of a processor."""
-    found = []
-    for name, (linear, W_RK) in (("mix64", _random_mix64(n, k)), ("gptq 4-bit", _random_gptq(n, k))):
-        nbytes = sum(p.nbytes for p in linear.parameters())
-        copies = [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
-        for backend, rounds in (("cpu-int8", "int8"), ("cpu", "float32")):
+    found, both = [], (("cpu-int8", "int8"), ("cpu", "float32"))
+    for name, (linear, W_RK), backends in (
+        ("mix64", _random_mix64(n, k), both),
+        (f"mix64, {OUTLIERS:.1%} outliers,", _random_mix64(n, k, outliers=OUTLIERS), both[:1]),
+        ("gptq 4-bit", _random_gptq(n, k), both),
+    ):
+        nbytes, copies = _copied(linear)
+        for backend, rounds in backends:
             found.append(_Contender(f"{name} {backend}", rounds, nbytes, W_RK, partial(_packed, copies, backend)))
     W_NK = torch.randn(n, k)
     for dtype in (torch.float32, torch.bfloat16):
@@ -237,27 +263,34 @@ def _contenders(n: int, k: int) -> list[_Contender]:
     return found
 
 
-def _gpu_contenders(n: int, k: int) -> list[_Contender]:
-    """Each kernel, the decode kernel with each asynchronous part switched off, and what torch does in float16."""
+def _gpu_contenders(n: int, k: int, refused: dict[str, str]) -> list[_Contender]:
+    """Each kernel, the decode kernel with each asynchronous part switched off, torch in float16, other programs'."""
     found, device = [], _gpu()
-    (mixed, mixed_RK), (gptq, gptq_RK) = _random_mix64(n, k, device), _random_gptq(n, k, device)
-    for name, linear, W_RK, backends in (
-        ("mix64", mixed, mixed_RK, ("decode", "triton")),
-        ("gptq 4-bit", gptq, gptq_RK, ("triton",)),
+    for name, (linear, W_RK), backends in (
+        ("mix64", _random_mix64(n, k, device), ("decode", "triton")),
+        (f"mix64, {OUTLIERS:.1%} outliers,", _random_mix64(n, k, device, OUTLIERS), ("decode",)),
+        ("gptq 4-bit", _random_gptq(n, k, device), ("triton",)),
     ):
-        nbytes = sum(p.nbytes for p in linear.parameters())
-        copies = [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
+        nbytes, copies = _copied(linear)
         for backend in backends:
             found.append(_Contender(f"{name} {backend}", "float16", nbytes, W_RK, partial(_packed, copies, backend)))
-        if "decode" in backends:
-            for what, how in (("no ring", {"stages": 1}), ("no prefetch of x", {"prefetch": 0})):
+        if name == "mix64":
+            for what, how, most in (("no ring", {"stages": 1}, inf), ("no prefetch of x", {"prefetch": 0}, 8)):
                 found.append(
-                    _Contender(f"{name} decode, {what}", "float16", nbytes, W_RK, partial(_decode, copies, how))
+                    _Contender(f"{name} decode, {what}", "float16", nbytes, W_RK, partial(_decode, copies, how), most)
                 )
     weight = torch.randn(n, k, dtype=torch.float16, device=device)
     dense = [weight, *(weight.clone() for _ in range(_more(weight.nbytes)))]
     rows = weight[:CHECKED_ROWS].float()
     found.append(_Contender("torch float16", "float16", weight.nbytes, rows, partial(_dense, dense)))
+    for name, quantized in peers(weight, CHECKED_ROWS):
+        try:
+            peer = quantized()
+            others = [peer.copy() for _ in range(1 + _more(peer.nbytes))]
+        except Exception as error:  # other people's programs raise anything
+            refused[f"{name}, {n}x{k}"] = _said(error)
+        else:
+            found.append(_Contender(name, "float16", peer.nbytes, peer.W_RK, partial(_peer, others)))
     return found
 
 
@@ -269,6 +302,16 @@ def _more(nbytes: int) -> int:
     return min(STREAMED // nbytes, MOST_COPIES - 1)
 
 
+def _copied(linear: PackedLinear) -> tuple[int, list[PackedLinear]]:
+    """Its bytes, and as many of it as are not in a cache when their turn comes."""
+    nbytes = sum(p.nbytes for p in linear.parameters())
+    return nbytes, [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def _measure(
     contenders: list[_Contender],
     shape: tuple[int, int],
@@ -276,28 +319,34 @@ def _measure(
     threads: int,
     config: KernelBench,
     measure: Callable[[list[list[Call]], int], list[list[float]]],
+    refused: dict[str, str],
 ) -> list[KernelRow]:
     (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
     if config.device == "cuda":
         x_MK = x_MK.half().to(_gpu())
-    errors, calls = list[float](), list[list[Call]]()
+    errors, calls = dict[str, float](), list[list[Call]]()
     for contender in contenders:
-        copies, output = contender.prepare(x_MK, threads)
-        copies[0]()
-        exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
-        error = float((found_MR - exact_MR).norm() / exact_MR.norm())
-        if not error <= MOST_ERROR[contender.rounds]:
-            where, allowed = f"{contender.name}, {n}x{k}, M={m}", f"{MOST_ERROR[contender.rounds]:g} at most"
-            raise BenchError(where, f"error {error:.2g}", allowed, "nothing of this case was timed")
-        errors.append(error)
+        try:
+            copies, output = contender.prepare(x_MK, threads)
+            copies[0]()
+            exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
+            error, most = float((found_MR - exact_MR).norm() / exact_MR.norm()), MOST_ERROR[contender.rounds]
+            why = "" if error <= most else f"error {error:.2g}, at most {most:g} allowed"
+        except Exception as problem:  # other people's programs raise anything
+            why = _said(problem)
+        if why:
+            refused[f"{contender.name}, {n}x{k}, M={m}, {threads} threads"] = why
+            continue
+        errors[contender.name] = error
         # two kernels may share copies: one must not find in a cache what the other has just read
         start = len(calls) * len(copies) // len(contenders)
         calls.append([*copies[start:], *copies[:start]])
     rows = []
-    for contender, error, own in zip(contenders, errors, measure(calls, config.repetitions), strict=True):
+    timed = [contender for contender in contenders if contender.name in errors]
+    for contender, own in zip(timed, measure(calls, config.repetitions) if calls else [], strict=True):
         tenths = quantiles(own, n=10, method="inclusive")
         times = Times(median(own), tenths[0], tenths[-1])
-        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, times))
+        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, errors[contender.name], times))
     return rows
 
 
@@ -363,6 +412,11 @@ def _packed(copies: Sequence[PackedLinear], backend: str, x_MK: torch.Tensor, th
     return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
 
 
+def _peer(copies: Sequence[Callable[[torch.Tensor], torch.Tensor]], x_MK: torch.Tensor, threads: int) -> Any:
+    calls = [partial(multiply, x_MK) for multiply in copies]
+    return calls, calls[0]
+
+
 def _dense(copies: list[torch.Tensor], x_MK: torch.Tensor, threads: int) -> Any:
     calls = [partial(F.linear, x_MK.to(weight.dtype), weight) for weight in copies]
     return calls, calls[0]
@@ -373,8 +427,10 @@ def _ggml(linear: ggml.Q2Linear, x_MK: torch.Tensor, threads: int) -> Any:
     return calls, lambda: y_MN
 
 
-def _random_mix64(n: int, k: int, device: torch.device = CPU) -> tuple[Mix64Linear, torch.Tensor]:
-    """A layer of random codes of the default spec, and its first rows."""
+def _random_mix64(
+    n: int, k: int, device: torch.device = CPU, outliers: float = 0.0
+) -> tuple[Mix64Linear, torch.Tensor]:
+    """A layer of random codes of the default spec, and its first rows. outliers: their share, as many in each row."""
     spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator(device).manual_seed(0)
     blocks, tiles = spec.blocks(k), spec.tiles(n)
 
@@ -389,6 +445,13 @@ def _random_mix64(n: int, k: int, device: torch.device = CPU) -> tuple[Mix64Line
         "qzeros": integers(torch.uint8, n, blocks),
         "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator, device=device) * 1e-3).half(),
     }
+    if outliers:
+        count = max(1, round(k * outliers))
+        apart_NC = torch.randint(k // count, (n, count), generator=generator, device=device)
+        columns_NC = apart_NC + k // count * torch.arange(count, device=device)
+        tensors["outlier_rows"] = count * torch.arange(n + 1, dtype=torch.int32, device=device)
+        tensors["outlier_columns"] = columns_NC.flatten().to(Mix64Layout.dtypes["outlier_columns"])
+        tensors["outlier_values"] = torch.randn(n * count, generator=generator, device=device).half()
     linear = Mix64Linear(k, n, spec)
     linear.replace(**tensors)
     linear.arrange()

@@ -5,7 +5,8 @@ NVRTC, which comes with torch, compiles it when it is first used: a variant for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -133,9 +134,24 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@contextmanager
+def _some_toolkit() -> Iterator[None]:
+    """torch's compiler passes NVRTC the toolkit's headers and refuses to go on where none is installed, as is usual
+    beside a torch from pip; decode.cu includes nothing.
+    """
+    from torch.utils import cpp_extension  # here, as it takes a third of a second
+
+    found = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = found or str(SOURCE.parent)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = found
+
+
 @cache
 def _compiled(variant: Variant, device: torch.device) -> Any:
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _some_toolkit():
         kernel = torch.cuda._compile_kernel(SOURCE.read_text(), "mix64_decode", nvcc_options=variant.options())
         kernel.set_shared_memory_config(variant.shared_bytes)
     return kernel
