@@ -34,6 +34,10 @@ ENGINES = {
     "typer": {"cli"},
     "matplotlib": {"bench", "demo", "inspection"},
     "triton": {"kernels"},
+    "bitsandbytes": {"bench"},
+    "gemlite": {"bench"},
+    "humming": {"bench"},
+    "vllm": {"bench"},
 }
 
 
