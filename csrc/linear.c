@@ -94,16 +94,20 @@ static kernel *const gptq_kernels[] = {gptq_rows_isa0};
 static quantizer *const quantizers[] = {quantize_isa0};
 #endif
 
-static float half(uint16_t bits) {
-    uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float value = exponent ? ldexpf(1 + mantissa / 1024.0f, (int)exponent - 15) : ldexpf(mantissa, -24);
-    return bits >> 15 ? -value : value;
+/* Finite ones: exponent and mantissa where float32 has them, its smallest numbers too, but for 2^112. */
+static inline float half(uint16_t bits) {
+    uint32_t shifted = (uint32_t)(bits & 0x7FFF) << 13 | (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    memcpy(&value, &shifted, sizeof(float));
+    return value * 0x1p112f;
 }
 
 static void add_outliers(const mix64 *w, const float *x, float *y, int64_t stride, int64_t row, int64_t tokens) {
-    for (int32_t i = w->outlier_rows[row]; i < w->outlier_rows[row + 1]; i++) {
-        float value = half(w->outlier_values[i]);
-        for (int64_t m = 0; m < tokens; m++) y[m * stride + row] += value * x[m * w->blocks * 64 + w->outlier_columns[i]];
+    int32_t first = w->outlier_rows[row], last = w->outlier_rows[row + 1];
+    for (int64_t m = 0; m < tokens; m++, x += w->blocks * 64) {
+        float sum = 0;
+        for (int32_t i = first; i < last; i++) sum += half(w->outlier_values[i]) * x[w->outlier_columns[i]];
+        y[m * stride + row] += sum;
     }
 }
 

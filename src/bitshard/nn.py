@@ -48,13 +48,12 @@ class PackedLinear(nn.Module):
         """Input channels that this rank has."""
         raise NotImplementedError
 
-    def require_width(self, x: torch.Tensor) -> None:
-        """Raises SpecError for an input [..., K] of another K: a kernel would read what is not there."""
-        if x.shape[-1] != self.columns:
-            raise SpecError(
-                "input", f"{x.shape[-1]} channels", f"{self.columns}, as this {self.layout_name} matrix has",
-                "pass what the layer was made for",
-            )  # fmt: skip
+    def another_width(self, x: torch.Tensor) -> SpecError:
+        """For an input [..., K] of another K than `columns`: a kernel would read what is not there."""
+        return SpecError(
+            "input", f"{x.shape[-1]} channels", f"{self.columns}, as this {self.layout_name} matrix has",
+            "pass what the layer was made for",
+        )  # fmt: skip
 
     def arrange(self) -> None:
         """Put the weights as the kernels of their device read them, if there are any that read them at all."""
@@ -166,7 +165,8 @@ class QuantLinear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        self.require_width(x)
+        if x.shape[-1] != self.columns:
+            raise self.another_width(x)
         if self.perm is not None:
             x = x[..., self.perm]
         how = self.spec.bits, self.layout.zeros_version, self.arrangement, self.backend
@@ -225,9 +225,10 @@ class Mix64Linear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        self.require_width(x)
         spec, own = self.spec, self._parameters  # a name looked up there takes a fifth of the time of an attribute
-        rows, strips = self.file_shape or self.qweight.shape
+        rows, strips = self.file_shape or own["qweight"].shape
+        if x.shape[-1] != min(self.in_features, strips * STRIP):
+            raise self.another_width(x)
         if unused := strips * STRIP - x.shape[-1]:
             x = F.pad(x, (0, unused))
         if own["strip_order"] is not None:
