@@ -383,7 +383,7 @@ def inspect(
         **({"order": report.matrices[0].order} if len({m.order for m in report.matrices}) == 1 else {}),
         **({"outliers": f"{report.outlier_share:.3%} of the weights"} if report.outlier_share else {}),
         "legal TP degrees": ", ".join(map(str, report.degrees)),
-        "kernels, one token": _kernels(report),
+        "kernels": _kernels(report),
         **{f"from: {k}": _origin(v) for k, v in report.provenance.items()},
     }
     _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
@@ -391,14 +391,13 @@ def inspect(
 
 def _kernels(report: Inspection) -> str:
     """Which run on this machine, and why plain torch where it does."""
-    import torch
-
-    from bitshard.kernels import READ, why_not_arranged
-
-    counts = Counter(m.kernel for m in report.matrices)
-    found = ", ".join(counts) if len(counts) == 1 else ", ".join(f"{name} for {n}" for name, n in counts.items())
-    why = why_not_arranged("cuda" if torch.cuda.is_available() else "cpu") or READ
-    return f"{found}: {why}" if "reference" in counts else found
+    counts = Counter((m.kernel, m.prompt_kernel, m.slow) for m in report.matrices)
+    found = []
+    for (kernel, prompt_kernel, slow), count in counts.items():
+        of = f" for {count} matrices" if len(counts) > 1 else ""
+        prompts = f", {prompt_kernel} for long prompts" if prompt_kernel != kernel else ""
+        found.append(f"{kernel}{of}{prompts}{slow and f': {slow}'}")
+    return "; ".join(found)
 
 
 def _origin(value: object) -> object:

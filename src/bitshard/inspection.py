@@ -15,7 +15,7 @@ from bitshard.checkpoint import REPORT, Checkpoint, read_json, reason
 from bitshard.errors import CheckpointError, FormatError
 from bitshard.kernels import Arrangement, choose, why_not_arranged
 from bitshard.layout import FORMAT_VERSION, GptqLayout
-from bitshard.records import read_by_kernels
+from bitshard.records import why_not_read
 from bitshard.spec import MixSpec, QuantSpec
 
 
@@ -25,8 +25,8 @@ class MatrixInfo:
 
     order: "in order" (consecutive groups), "by g_idx" or "by strip_order". outliers: how many. error and share_4bit,
     where quantizing left them: output error relative to the output, and the share of the Hessian-weighted error that
-    would be in the 4-bit strips. block_error: where tuning left it instead, the error of its block's outputs. kernel:
-    what multiplies it by one token here.
+    would be in the 4-bit strips. block_error: where tuning left it instead, the error of its block's outputs. kernel,
+    prompt_kernel: what multiplies it by one token and by 512 here. slow: why plain torch does, if so, else "".
     """
 
     name: str
@@ -41,6 +41,8 @@ class MatrixInfo:
     block_error: float | None
     share_4bit: float | None
     kernel: str
+    prompt_kernel: str
+    slow: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
     k, n = layout.check_shapes(checkpoint.where(name), by_suffix, spec, checkpoint.size_of(name))
     irregular = checkpoint.is_irregular(name)
     size = layout.matrix_bytes(by_suffix, spec, (k, n))
+    kernel, prompt_kernel, slow = _kernels(layout.name, spec, k)
     return MatrixInfo(
         name=name,
         in_features=k,
@@ -120,17 +123,20 @@ def _matrix(checkpoint: Checkpoint, name: str, solved: Mapping[str, float | None
         bytes=size,
         average_bits=size * 8 / (k * n),
         outliers=by_suffix.get("outlier_values", [0])[0],
+        kernel=kernel,
+        prompt_kernel=prompt_kernel,
+        slow=slow,
         **solved,
-        kernel=_kernel(layout.name, spec, k),
     )
 
 
-def _kernel(layout: str, spec: QuantSpec | MixSpec, in_features: int) -> str:
-    """What `generate` takes, in its dtype on this machine."""
+def _kernels(layout: str, spec: QuantSpec | MixSpec, in_features: int) -> tuple[str, str, str]:
+    """What `generate` takes, in its dtype on this machine, for a token and for 512, and why plain torch, if it does."""
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    arranged = not why_not_arranged(device) and read_by_kernels(spec, in_features, device)
-    arrangement: Arrangement = "file" if not arranged else "gpu" if device == "cuda" else "cpu"
-    return choose(layout, arrangement, dtype, 1, "auto")
+    slow = why_not_arranged(device, layout) or why_not_read(spec, in_features, device)
+    arrangement: Arrangement = "file" if slow else "gpu" if device == "cuda" else "cpu"
+    kernel, prompt_kernel = (choose(layout, arrangement, dtype, tokens, "auto") for tokens in (1, 512))
+    return kernel, prompt_kernel, slow
 
 
 PANELS = {

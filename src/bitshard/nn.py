@@ -11,10 +11,10 @@ from torch import nn
 
 from bitshard.bitpack import pack, packed_length
 from bitshard.errors import SpecError
-from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why_not_arranged, why_not_triton
+from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why_not_arranged
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
-from bitshard.records import gptq_rows, mix64_lanes, mix64_rows
+from bitshard.records import gptq_rows, mix64_lanes, mix64_rows, why_not_read
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 
@@ -30,6 +30,8 @@ class PackedLinear(nn.Module):
     qweight: nn.Parameter
     rows_dim: int  # of qweight, as the file has it
     layout_name: str
+    spec: QuantSpec | MixSpec
+    why_irregular: str  # no kernel reads it though it reads others of its spec
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class PackedLinear(nn.Module):
     def arrange(self) -> None:
         """Put the weights as the kernels of their device read them, if there are any that read them at all."""
         device = self.qweight.device.type
-        if why_not_arranged(device):
+        if why_not_arranged(device, self.layout_name):
             return
         if arranged := self.arranged({name: p.data for name, p in self.named_parameters(recurse=False)}, device):
             self.file_shape, self.arrangement = self.qweight.shape, "gpu" if device == "cuda" else "cpu"
@@ -67,6 +69,12 @@ class PackedLinear(nn.Module):
     def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
         """Tensors as the kernels of a device read them, from `records`; None if they do not."""
         raise NotImplementedError
+
+    def why_slow(self) -> str:
+        """What kept `arrange` from finding a kernel that reads the weights; in "file" arrangement there is something."""
+        device = self.qweight.device.type
+        why = why_not_arranged(device, self.layout_name) or why_not_read(self.spec, self.in_features, device)
+        return why or self.why_irregular
 
     def kernel(self, dtype: torch.dtype, tokens: int) -> str:
         """Which one runs. Raises SpecError when it is to be one that cannot."""
@@ -86,6 +94,8 @@ class QuantLinear(PackedLinear):
     """
 
     rows_dim, layout_name = 1, GptqLayout.name
+    spec: QuantSpec
+    why_irregular = "groups of unequal length, as a rank has of an irregular order"
     perm: torch.Tensor | None
     sorted_perm: torch.Tensor | None
 
@@ -154,8 +164,6 @@ class QuantLinear(PackedLinear):
     def arranged(self, tensors: dict[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor | None] | None:
         if device == "cpu":
             return gptq_rows(self.layout, tensors, self.spec)
-        if why_not_triton():
-            return None
         return {"qzeros": self.layout.unpack_zeros(tensors["qzeros"], self.spec.bits).contiguous()}
 
     def _owns_its_groups(self) -> bool:
@@ -206,6 +214,8 @@ class Mix64Linear(PackedLinear):
 
     cut = "ours"
     rows_dim, layout_name = 0, Mix64Layout.name
+    spec: MixSpec
+    why_irregular = "scales that float16 would round twice"
     strip_order: nn.Parameter | None
     bias: nn.Parameter | None
 

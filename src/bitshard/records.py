@@ -26,7 +26,7 @@ def gptq_rows(
     32 for 3 bits).
     """
     groups, k = tensors["scales"].shape[0], tensors["qweight"].shape[0] * WORD_BITS // spec.bits
-    if "g_idx" in tensors or not whole_strips(spec, k // groups):
+    if "g_idx" in tensors or _why_not_groups(spec, k // groups):
         return None
     zeros_GN = tensors["qzeros"]
     if zeros_GN.dtype != torch.uint8:
@@ -44,7 +44,7 @@ def mix64_rows(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str, 
 
     None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper".
     """
-    if not plain(spec):
+    if _why_not_strips(spec):
         return None
     blocks = tensors["qscales"].shape[1]
     parts = [group_rows(tensors[suffix]).flatten(1).view(torch.int32) for suffix in PARTS if suffix in tensors]
@@ -64,20 +64,24 @@ def mix64_from_rows(tensors: Mapping[str, torch.Tensor], spec: MixSpec, rows: in
     return {**tensors, **found}
 
 
-def read_by_kernels(spec: QuantSpec | MixSpec, in_features: int, device: str) -> bool:
-    """Whether a kernel of the device beside the reference reads a whole matrix of this kind."""
+def why_not_read(spec: QuantSpec | MixSpec, in_features: int, device: str) -> str:
+    """What keeps kernels of the device, beside the reference, from reading a whole matrix of this kind; "" if nothing."""
     if isinstance(spec, MixSpec):
-        return plain(spec)
-    return device == "cuda" or whole_strips(spec, spec.group(in_features))
+        return _why_not_strips(spec)
+    return "" if device == "cuda" else _why_not_groups(spec, spec.group(in_features))
 
 
-def whole_strips(spec: QuantSpec, group: int) -> bool:
-    return group % (2 * STRIP if spec.bits == 3 else STRIP) == 0
+def _why_not_groups(spec: QuantSpec, group: int) -> str:
+    strip = 2 * STRIP if spec.bits == 3 else STRIP
+    return (
+        f"{spec.bits}-bit groups of {group} channels, where kernels read multiples of {strip}" if group % strip else ""
+    )
 
 
-def plain(spec: MixSpec) -> bool:
-    """Whether a kernel beside the reference reads it: 2- and 4-bit strips with scale codes of their own."""
-    return spec.metadata == "fine" and {2, 4}.issuperset(spec.widths)
+def _why_not_strips(spec: MixSpec) -> str:
+    if others := {2, 4}.symmetric_difference({2, 4}.union(spec.widths)):
+        return f"strips of {max(others)} bits, where kernels read 2 and 4"
+    return "" if spec.metadata == "fine" else f"{spec.metadata!r} metadata, where kernels read 'fine'"
 
 
 def group_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +121,7 @@ def mix64_lanes(tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> dict[str,
     None for what these kernels do not read: 3-bit or 8-bit strips, metadata "paper", and scales of the second order
     that float32 would not sum well enough for float16 to come out as from an exact sum, which is the kernels'.
     """
-    if not plain(spec) or not _rounds_once(tensors["scales2"]):
+    if _why_not_strips(spec) or not _rounds_once(tensors["scales2"]):
         return None
     codes_NK = unpack_strips(tensors["qweight"], tensors.get("qextra"), spec)
     n, odd = len(codes_NK), tensors["qscales"].shape[1] % 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
-from bitshard.kernels import READ, require_backend, why_not_arranged
+from bitshard.kernels import require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.models import mlp_paths
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
@@ -248,7 +249,8 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        names, slow = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}, list[str]()
+        names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
+        slow = defaultdict[str, list[str]](list)
         for module_name, name in names.items():
             linear = model.get_submodule(module_name)
             assert isinstance(linear, PackedLinear)
@@ -262,11 +264,13 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             linear.backend = self.quantization_config.backend
             if linear.backend != "reference":
                 linear.arrange()
-                slow += [name] * (linear.kernel(self.dtype, tokens=1) == "reference")
-                device = linear.qweight.device.type
-        if slow and (not dist.is_initialized() or dist.get_rank() == 0):
-            why = why_not_arranged(device) or READ
-            logger.warning("plain torch runs %d of %d matrices, %s first: %s", len(slow), len(names), slow[0], why)
+                if linear.arrangement == "file":
+                    slow[linear.why_slow()].append(name)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for why, those in slow.items():
+                logger.warning(
+                    "plain torch runs %d of %d matrices, %s first: %s", len(those), len(names), those[0], why
+                )
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
         head = cast(PreTrainedModel, model).get_output_embeddings()

@@ -78,7 +78,6 @@ KERNELS = (  # in order of preference
     Kernel("triton", ("gpu",), why_not_triton),
     Kernel("reference", ("file", "cpu", "gpu"), lambda: "", dtypes=(*HALVES, torch.float32, torch.float64)),
 )
-READ = "kernels read 2- and 4-bit strips, and GPTQ groups of whole strips of 16"  # beside the reference
 BACKENDS = ("exact", "auto", *(kernel.name for kernel in KERNELS))
 
 torch.library.define(
@@ -160,10 +159,10 @@ def require_backend(backend: str) -> None:
         raise SpecError("backend", repr(backend), ", ".join(BACKENDS), "choose one of them")
 
 
-def why_not_arranged(device: str) -> str:
+def why_not_arranged(device: str, layout: str = "mix64") -> str:
     """What keeps faster kernels than the reference from running on a device; "" if nothing does."""
     if device == "cuda":
-        return decode.missing() and why_not_triton()
+        return why_not_triton() and (decode.missing() if layout == "mix64" else why_not_triton())
     return cpu.missing() if device == "cpu" else f"there are no kernels for {device}"
 
 
