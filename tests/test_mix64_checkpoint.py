@@ -133,7 +133,7 @@ def test_what_runs_in_plain_torch_is_said(tmp_path: Path, caplog: pytest.LogCapt
     load(random_checkpoint(tmp_path / "slow", "llama", PLAIN))
     [record] = caplog.records
     assert record.getMessage().startswith(
-        "plain torch runs 14 of 14 matrices, model.layers.0.mlp.down_proj first: strips of 3 bits, where kernels read 2 and"
+        "plain torch runs 14 of 14 matrices, model.layers.0.mlp.down_proj first: strips of 3 bits, where kernels read 2"
     )
 
 

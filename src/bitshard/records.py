@@ -65,7 +65,7 @@ def mix64_from_rows(tensors: Mapping[str, torch.Tensor], spec: MixSpec, rows: in
 
 
 def why_not_read(spec: QuantSpec | MixSpec, in_features: int, device: str) -> str:
-    """What keeps kernels of the device, beside the reference, from reading a whole matrix of this kind; "" if nothing."""
+    """What keeps all kernels of a device but the reference from reading a whole matrix of this kind, or ""."""
     if isinstance(spec, MixSpec):
         return _why_not_strips(spec)
     return "" if device == "cuda" else _why_not_groups(spec, spec.group(in_features))
