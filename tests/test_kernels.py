@@ -21,7 +21,10 @@ from bitshard.records import read_by_kernels
 from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
 from factory import random_mixed_weight
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = range(cpu.instruction_set() + 1 if cpu.library() is not None else 0)
@@ -43,14 +46,6 @@ GPTQ = [
         (64, codes_per_pack(bits), 64),
     )
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=SETS, ids=lambda i: cpu.INSTRUCTION_SETS[i])

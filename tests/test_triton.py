@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,23 +27,17 @@ from bitshard.spec import BLOCK, MixSpec, QuantSpec
 from factory import random_mixed_weight
 from test_kernels import gptq as gptq_layer
 
-# what the interpreter of Triton 3.6 does; NumPy 2.4 no longer takes it
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # what the interpreter of Triton 3.6 does; NumPy 2.4 no longer takes it
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 3, 16, 17, 65)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FRACTIONS = tuple(MixSpec(2, fraction) for fraction in (0.0, 0.25, 0.5, 1.0))
 ANY = 1 << 30
 Multiply = Callable[[torch.Tensor], torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch's own product is an error then
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def mix64(spec: MixSpec, n: int, k: int, outliers: float) -> tuple[Multiply, torch.Tensor]:
