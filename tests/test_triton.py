@@ -99,7 +99,7 @@ def check(
     assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "outliers"),
     [(spec, share) for spec in FRACTIONS for share in (0.0, 0.05) if 2 in spec.widths or not share],
@@ -140,6 +140,15 @@ def matrices() -> list[tuple[Multiply, torch.Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_of_tokens(which: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     check(*matrices()[which], dtype, TOKENS, monkeypatch)
+
+
+@pytest.mark.parametrize("crossing", [ANY, 0])
+def test_4096_tokens(crossing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CROSSING", crossing)
+    for multiply, W_KN in (mix64(MixSpec(), 16, 64, 0.02), gptq(QuantSpec(4, 32), 32, 64)):
+        x_MK = random(4096, len(W_KN), torch.float16)
+        exact_MN, torchs_MN = x_MK.double() @ W_KN.double(), x_MK @ W_KN.half()
+        assert (multiply(x_MK).double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
 
 
 @pytest.mark.parametrize("which", range(3))
