@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -24,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitshard.kernels.triton import TILES, Tile, _dequantize, _linear, _sum
+from sass import loops, read
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 CARDS = (80, 90)
@@ -57,38 +56,16 @@ def build(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     built = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    lines = re.findall(r"^(\.L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
+    cubin = built.asm["cubin"]
+    usage, sass = read(BIN / "cuobjdump", "--dump-resource-usage", cubin), read(BIN / "nvdisasm", "-c", cubin)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "registers": int(used["REG"]),
         "local": int(used["STACK"]) + int(used["LOCAL"]),
         "shared": built.metadata.shared,
-        "loop": loop(lines),
+        "loop": max(loops(sass), default=0),
         **{name: len(re.findall(rf"\b(?:{pattern})", sass)) for name, pattern in COUNTED.items()},
     }
-
-
-def loop(lines: list[tuple[str, str]]) -> int:
-    """Instructions from a label to a jump back to it, with asynchronous loads among them; 0 if none."""
-    labels, seen, longest = {}, [], 0
-    for label, instruction in lines:
-        if label:
-            labels[label] = len(seen)
-            continue
-        seen.append(instruction)
-        target = re.search(r"BRA.*\((\.L_x_\d+)\)", instruction)
-        if target and target[1] in labels:
-            body = seen[labels[target[1]] :]
-            if any("LDGSTS" in line for line in body):
-                longest = max(longest, len(body))
-    return longest
 
 
 def weights(layout: str) -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ if not torch.cuda.is_available():  # Triton reads it when it is first imported, 
 from dense import STORIES, stories_model  # noqa: E402
 
 torch.set_num_threads(1)  # the tests' matrices are tiny: a second thread is only waited for
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

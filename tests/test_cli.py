@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from alter import WEIGHTS, Change, config, merged, section, tensors
 from bitshard import __version__, cli
 from bitshard.convert import convert
+from bitshard.kernels import BACKENDS
 from bitshard.quantized import trivial_g_idx
 from bitshard.spec import QuantSpec
 from bitshard.writer import Writer
@@ -81,6 +82,13 @@ def test_help(verb: str) -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
     if verb not in ("bench", "bench mlp"):
         assert "--json" in text
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_help_names_every_backend(verb: str) -> None:
+    assert ("exact", "auto", *cli.KERNELS) == BACKENDS
+    words = success(verb, "--help").stdout.replace("│", " ").split()
+    assert f"or a kernel: {', '.join(cli.KERNELS)}." in " ".join(words)
 
 
 def test_help_of_all() -> None:

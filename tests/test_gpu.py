@@ -45,7 +45,7 @@ def test_every_kernel_that_reads_a_layer(dtype: torch.dtype) -> None:
         for linear.backend in ("exact", "triton", "reference"):
             found = torch.cat([linear(x) for x in torch.eye(k, dtype=dtype, device="cuda").split(16)])
             assert torch.equal(found.cpu(), W_KN.to(dtype)), linear.backend
-            for tokens in (1, 7, 16, 40, 300):
+            for tokens in (1, 7, 16, 40, 300, 4096):
                 x_MK = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(dtype)
                 exact_MN, torchs_MN = x_MK.double() @ W_KN.double(), (x_MK.cuda() @ W_KN.to(dtype).cuda()).cpu()
                 error = (linear(x_MK.cuda()).cpu().double() - exact_MN).norm()

@@ -21,7 +21,10 @@ from bitshard.records import why_not_read
 from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
 from factory import random_mixed_weight
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(cpu.library() is None, reason="the C kernels were not built"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = range(cpu.instruction_set() + 1 if cpu.library() is not None else 0)
@@ -43,14 +46,6 @@ GPTQ = [
         (64, codes_per_pack(bits), 64),
     )
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=SETS, ids=lambda i: cpu.INSTRUCTION_SETS[i])
@@ -88,13 +83,13 @@ def check(linear: PackedLinear, W_KN: torch.Tensor, dtype: torch.dtype, tokens: 
     """Identity bit for bit, and of random tokens an error at most twice torch's; int8 within half a step of each x."""
     k, n = W_KN.shape
     linear.arrange()
-    linear.backend = "cpu"
-    assert torch.equal(linear(torch.eye(k, dtype=dtype)), W_KN.to(dtype))
     x_MK = torch.randn(sum(tokens), k, generator=torch.Generator().manual_seed(n)).to(dtype)
-    exact_MN = x_MK.double() @ W_KN.double()
-    torchs_MN, y_MN = x_MK @ W_KN.to(dtype), torch.cat([linear(x) for x in x_MK.split(tokens)])
-    assert y_MN.dtype == dtype
-    assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
+    exact_MN, torchs_MN = x_MK.double() @ W_KN.double(), x_MK @ W_KN.to(dtype)
+    for linear.backend in ("cpu", "reference"):
+        assert torch.equal(linear(torch.eye(k, dtype=dtype)), W_KN.to(dtype))
+        y_MN = torch.cat([linear(x) for x in x_MK.split(tokens)])
+        assert y_MN.dtype == dtype
+        assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
     linear.backend = "cpu-int8"
     y_MN = torch.cat([linear(x) for x in x_MK.split(tokens)])
     # a block's step is a 127th of its largest x, and no block has a larger one than its token
@@ -128,9 +123,17 @@ def test_scales_below_float16s_normal_numbers() -> None:
     assert torch.equal(linear(torch.eye(90)), weight.dequantize().T)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gathered_gptq(bits: int) -> None:
-    check(*gptq(QuantSpec(bits, 32), 64, 128, gathered=True), torch.float32, (1, 5))
+def test_gathered_gptq(bits: int, sym: bool, dtype: torch.dtype) -> None:
+    check(*gptq(QuantSpec(bits, 32, sym), 64, 128, gathered=True), dtype, (1, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_4096_tokens(dtype: torch.dtype) -> None:
+    for linear, W_KN in (mixed(MixSpec(), 67, 190, 0.05), gptq(QuantSpec(4, 32), 80, 128)):
+        check(linear, W_KN, dtype, (4096,))
 
 
 def layers() -> list[tuple[PackedLinear, torch.Tensor]]:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from bitshard.bitpack import pack
 from bitshard.kernels import triton as kernels
 from bitshard.layout import Mix64Layout
@@ -27,23 +29,17 @@ from bitshard.spec import BLOCK, MixSpec, QuantSpec
 from factory import random_mixed_weight
 from test_kernels import gptq as gptq_layer
 
-# what the interpreter of Triton 3.6 does; NumPy 2.4 no longer takes it
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # what the interpreter of Triton 3.6 does; NumPy 2.4 no longer takes it
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 3, 16, 17, 65)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FRACTIONS = tuple(MixSpec(2, fraction) for fraction in (0.0, 0.25, 0.5, 1.0))
 ANY = 1 << 30
 Multiply = Callable[[torch.Tensor], torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch's own product is an error then
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def mix64(spec: MixSpec, n: int, k: int, outliers: float) -> tuple[Multiply, torch.Tensor]:
@@ -103,7 +99,7 @@ def check(
     assert (y_MN.double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "outliers"),
     [(spec, share) for spec in FRACTIONS for share in (0.0, 0.05) if 2 in spec.widths or not share],
@@ -144,6 +140,15 @@ def matrices() -> list[tuple[Multiply, torch.Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_of_tokens(which: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     check(*matrices()[which], dtype, TOKENS, monkeypatch)
+
+
+@pytest.mark.parametrize("crossing", [ANY, 0])
+def test_4096_tokens(crossing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CROSSING", crossing)
+    for multiply, W_KN in (mix64(MixSpec(), 16, 64, 0.02), gptq(QuantSpec(4, 32), 32, 64)):
+        x_MK = random(4096, len(W_KN), torch.float16)
+        exact_MN, torchs_MN = x_MK.double() @ W_KN.double(), x_MK @ W_KN.half()
+        assert (multiply(x_MK).double() - exact_MN).norm() <= 2 * (torchs_MN.double() - exact_MN).norm()
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -223,11 +228,20 @@ def test_nothing_is_read_or_written_beyond_a_tensor(processors: int, monkeypatch
             assert multiply(random(m, len(W_KN), torch.float16)).isfinite().all()
 
 
-def compiled(*parts: str) -> None:
-    """The kernels with a part in their names compile to what the golden table says, whatever Triton's version.
+OLDER = {  # what Triton 3.6 makes otherwise than 3.9, of which the golden table is
+    "sm_80 fp16 mix64-4 prefill": {"local": 8},
+    "sm_90 fp16 mix64-4 decode": {"registers": 128},
+    "sm_80 fp16 gptq-8 decode": {"shared": 53824},  # copies of 128 bits, where 3.9 has 32
+    "sm_80 fp16 gptq-8 prefill": {"shared": 41152},
+    "sm_90 fp16 gptq-8 dequantize": {"shared": 8192},
+}
 
-    No spills; enough shared memory on the card; registers and instructions for a weight about as many; asynchronous
-    128-bit loads and tensor cores where there were some.
+
+def compiled(*parts: str) -> None:
+    """The kernels with a part in their names compile to what the golden table says, or OLDER for other versions.
+
+    No spills; no more shared memory; registers, instructions for a weight and asynchronous loads about as many, those
+    of 128 bits no fewer; tensor cores where there were some.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -238,20 +252,26 @@ def compiled(*parts: str) -> None:
     golden = json.loads(Path(__file__).with_name("golden").joinpath("triton.json").read_text())
     found = json.loads(run.stdout)
     assert found and found.keys() == {name for name in golden if not parts or any(part in name for part in parts)}
+    older = {} if triton.__version__.startswith("3.9.") else OLDER
     for name, facts in found.items():
-        known, about = golden[name], f"{name}: {facts}"
-        assert facts["local"] == 0, about
-        assert facts["shared"] <= (163 if "sm_80" in name else 227) * 1024, about
+        known, about = golden[name] | older.get(name, {}), f"{name}: {facts}"
+        assert facts["local"] <= known["local"], about
+        assert facts["shared"] <= known["shared"] <= (163 if "sm_80" in name else 227) * 1024, about
         assert facts["registers"] <= 1.25 * known["registers"] + 16, about
         assert facts.get("per_weight", 0) <= 1.25 * known.get("per_weight", 0), about
-        assert all((facts[kind] > 0) == (known[kind] > 0) for kind in ("cp_async_128", "mma")), about
+        assert facts["cp_async"] <= 1.5 * known["cp_async"] and facts["cp_async_128"] >= known["cp_async_128"], about
+        assert all((facts[kind] > 0) == (known[kind] > 0) for kind in ("mma", "wgmma")), about
         assert "decode" not in name or facts["cp_async_128"] > 0 and (facts["mma"] > 0 or "fp32" in name), about
 
 
 def test_what_the_kernels_compile_to() -> None:
+    """Both layouts and cards, all dtypes, decode, prefill and dequantize; what is unlike the others among them."""
     compiled(
-        "sm_90 fp16 mix64-1-outliers", "sm_80 fp16 gptq-4 decode", "sm_90 bf16 gptq-4", "sm_80 fp32 mix64-1 decode"
-    )
+        "sm_80 fp16 gptq-4 decode", "sm_80 fp16 gptq-8 decode", "sm_80 fp16 mix64-1 dequantize",
+        "sm_80 fp16 mix64-4 prefill", "sm_80 bf16 mix64-1 decode", "sm_80 fp32 mix64-1 decode",
+        "sm_90 fp16 gptq-4-irregular decode", "sm_90 fp16 gptq-3 prefill", "sm_90 fp16 mix64-1-outliers",
+        "sm_90 bf16 gptq-4", "sm_90 bf16 mix64-1 prefill", "sm_90 bf16 sum",
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -49,9 +49,8 @@ out_console, err_console = (Console(stderr=stderr, markup=False, emoji=False) fo
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strategy = Annotated[str, typer.Option(help="How ranks meet: naive, local-sort or tp-aware.")]
-Backend = Annotated[
-    str, typer.Option(help="exact; auto, with 8-bit activations; or a kernel: reference, cpu, cpu-int8.")
-]
+KERNELS = ("cpu-int8", "cpu", "decode", "triton", "reference")  # bitshard.kernels', which imports torch
+Backend = Annotated[str, typer.Option(help=f"exact; auto, with 8-bit activations; or a kernel: {', '.join(KERNELS)}.")]
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: how many ranks to start.")]
 
 

@@ -48,19 +48,22 @@ def examine() -> Sequence[Finding]:
 
 
 def _kernels() -> Sequence[Finding]:
-    """A line for each kind of kernel that is not plain torch."""
+    """A line for each kind of kernel that is not plain torch, wherever it runs."""
     if why := cpu.missing():
         processor = Finding("C kernels", "missing", "plain torch runs instead, several times slower", why)
     else:
         processor = Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}")
-    if not torch.cuda.is_available():
-        return [processor]
-    found = [processor]
+    found, gpu = [processor], torch.cuda.is_available()
     for subject, why, instead in (
         ("CUDA decode kernel", decode.missing(), "Triton's kernels run instead"),
-        ("Triton kernels", why_not_triton(), "plain torch runs instead, many times slower"),
+        (
+            "Triton kernels",
+            "; ".join(filter(None, ["" if gpu else "a GPU is needed", why_not_triton()])),
+            "plain torch runs instead, many times slower",
+        ),
     ):
-        found.append(Finding(subject, "missing", instead, why) if why else Finding(subject, "ok", ""))
+        detail = instead if gpu else "no GPU; everything runs on the processor"
+        found.append(Finding(subject, "missing", detail, why) if why else Finding(subject, "ok", ""))
     return found
 
 

@@ -497,7 +497,8 @@ def unpack_strips(qweight: torch.Tensor, qextra: torch.Tensor | None, spec: MixS
     main = qweight.contiguous().view(torch.int16).view(n, blocks, 4, 2)
     rest = main.new_empty(n, blocks, 0)
     if qextra is not None:
-        rest = qextra.contiguous().view(torch.int16).view(n, blocks, 2 * spec.extra_words)
+        # flat, as a dimension of one word may have any stride
+        rest = qextra.reshape(-1).view(torch.int16).view(n, blocks, 2 * spec.extra_words)
     codes = []
     for width, count in _runs(spec):
         own = rest[:, :, : count * (width - 2)].reshape(n, blocks, count, width - 2)

@@ -1,0 +1,84 @@
+"""What `bitshard doctor` says of kernels, and what a build without a C compiler leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+
+from bitshard import doctor
+from bitshard.doctor import Finding
+from bitshard.kernels import cpu, decode
+
+REPOSITORY = Path(__file__).parents[1]
+AGAIN = "install bitshard again, where there is a C compiler"
+INSTALL = "install triton: pip install 'triton>=3.6,<3.10'"
+
+
+def kernels(monkeypatch: pytest.MonkeyPatch, gpu: bool, no_decode: str = "", no_triton: str = "") -> list[Finding]:
+    """Its lines of kernels, on a machine with a GPU or without, and what keeps which from running."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(decode, "missing", lambda: no_decode)
+    monkeypatch.setattr(doctor, "why_not_triton", lambda: no_triton)
+    return list(doctor._kernels())
+
+
+@pytest.mark.parametrize("which", range(len(cpu.INSTRUCTION_SETS)), ids=lambda i: cpu.INSTRUCTION_SETS[i])
+def test_an_instruction_set(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", object)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: which)
+    assert kernels(monkeypatch, gpu=False)[0] == Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[which]}")
+
+
+def test_no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    expected = Finding("C kernels", "missing", "plain torch runs instead, several times slower", AGAIN)
+    assert kernels(monkeypatch, gpu=False)[0] == expected
+
+
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    subjects = "CUDA decode kernel", "Triton kernels"
+    assert kernels(monkeypatch, gpu=True)[1:] == [Finding(subject, "ok", "") for subject in subjects]
+    assert kernels(monkeypatch, True, "NVRTC does not compile it", INSTALL)[1:] == [
+        Finding(subjects[0], "missing", "Triton's kernels run instead", "NVRTC does not compile it"),
+        Finding(subjects[1], "missing", "plain torch runs instead, many times slower", INSTALL),
+    ]
+
+
+@pytest.mark.parametrize("no_triton", ["", INSTALL])
+def test_no_gpu(no_triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kernels(monkeypatch, False, "an NVIDIA GPU is needed", no_triton)[1:]
+    assert {(f.status, f.detail) for f in found} == {("missing", "no GPU; everything runs on the processor")}
+    assert found[0].fix == "an NVIDIA GPU is needed"
+    assert found[1].fix == ("a GPU is needed" if not no_triton else f"a GPU is needed; {INSTALL}")
+
+
+@pytest.mark.slow
+def test_a_build_without_a_c_compiler(tmp_path: Path) -> None:
+    """As pip builds it; the rest is there, and doctor says what is missing."""
+    pytest.importorskip("pip")
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("csrc", "src"):
+        ignored = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored)
+    offline = ["--no-index", "--no-build-isolation", "--no-deps"]
+    build = [sys.executable, "-m", "pip", "wheel", *offline, "--verbose", "--wheel-dir", "out", "."]
+    run = subprocess.run(build, cwd=tmp_path, env={**os.environ, "CC": "false"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert 'building extension "bitshard.kernels._linear" failed' in run.stdout + run.stderr
+    with ZipFile(next((tmp_path / "out").glob("*.whl"))) as wheel:
+        assert not [name for name in wheel.namelist() if "_linear" in name]
+        wheel.extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    examined = [sys.executable, "-m", "bitshard", "doctor", "--json"]
+    found = subprocess.run(examined, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert [f["status"] for f in json.loads(found) if f["fix"] == AGAIN] == ["missing"]
