@@ -179,7 +179,7 @@ class QuantLinear(PackedLinear):
             x = x[..., self.perm]
         how = self.spec.bits, self.layout.zeros_version, self.arrangement, self.backend
         y: torch.Tensor = gptq_linear(x, self.qweight, self.scales, self.qzeros, self.g_idx, self.rows, *how)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.spec.bits}-bit, group_size={self.spec.group_size}"
