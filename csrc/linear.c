@@ -94,16 +94,18 @@ static kernel *const gptq_kernels[] = {gptq_rows_isa0};
 static quantizer *const quantizers[] = {quantize_isa0};
 #endif
 
-/* Finite ones: exponent and mantissa where float32 has them, its smallest numbers too, but for 2^112. */
+/* A finite one. Its smallest numbers, which have no leading one, are whole multiples of 2^-24. */
 static inline float half(uint16_t bits) {
-    uint32_t shifted = (uint32_t)(bits & 0x7FFF) << 13 | (uint32_t)(bits & 0x8000) << 16;
+    uint32_t magnitude = bits & 0x7FFF, shifted = (magnitude << 13) + (112u << 23);
     float value;
     memcpy(&value, &shifted, sizeof(float));
-    return value * 0x1p112f;
+    if (magnitude < 0x400) value = magnitude * 0x1p-24f;
+    return bits & 0x8000 ? -value : value;
 }
 
 static void add_outliers(const mix64 *w, const float *x, float *y, int64_t stride, int64_t row, int64_t tokens) {
     int32_t first = w->outlier_rows[row], last = w->outlier_rows[row + 1];
+    if (first == last) return;
     for (int64_t m = 0; m < tokens; m++, x += w->blocks * 64) {
         float sum = 0;
         for (int32_t i = first; i < last; i++) sum += half(w->outlier_values[i]) * x[w->outlier_columns[i]];

@@ -56,21 +56,23 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert {row.kernel for row in report.rows} >= {"mix64 cpu", "torch float32"}
     assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 3
     assert json.loads((tmp_path / "k.json").read_text())["refused"] == report.refused
-    with pytest.raises(BenchError, match=r"mix64 cpu-int8, 64x256, M=1, 1 threads: found error .*; allowed"):
+    with pytest.raises(
+        BenchError, match=r"found 24 that were not timed: mix64 cpu-int8, 64x256, M=1, 1 threads: error .*; allowed"
+    ):
         report.require_all()
 
 
 def test_what_was_measured_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever ends a run."""
 
-    def interrupt(calls: object, repetitions: int) -> list[list[float]]:
+    def interrupt(turns: object, repetitions: int) -> list[list[float]]:
         if len(cases) == 3:
             raise KeyboardInterrupt
         cases.append(1)
-        return measure(calls, repetitions)
+        return times(turns, repetitions)
 
-    cases, (contend, measure, floors) = list[int](), kernels._OF_DEVICE["cpu"]
-    monkeypatch.setitem(kernels._OF_DEVICE, "cpu", (contend, interrupt, floors))
+    cases, times = list[int](), kernels._times
+    monkeypatch.setattr(kernels, "_times", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench_kernels(SMALL, tmp_path / "k.json")
     written = json.loads((tmp_path / "k.json").read_text())
@@ -79,7 +81,14 @@ def test_what_was_measured_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("shapes", ((4096, 100),)), ("shapes", ((8, 64),)), ("tokens", (0,)), ("threads", ()), ("repetitions", 2)],
+    [
+        ("shapes", ((4096, 100),)),
+        ("shapes", ((8, 64),)),
+        ("shapes", ((17, 64),)),
+        ("tokens", (0,)),
+        ("threads", ()),
+        ("repetitions", 2),
+    ],
 )
 def test_refuses(option: str, value: object) -> None:
     with pytest.raises(SpecError, match=option):
@@ -89,6 +98,10 @@ def test_refuses(option: str, value: object) -> None:
 def test_needs_the_kernels_and_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="suffix '.txt'"):
         bench_kernels(SMALL, tmp_path / "k.txt")
+    (tmp_path / "k.json").mkdir()
+    with pytest.raises(CheckpointError, match="k.json: found Is a directory; allowed: a file that can be written"):
+        bench_kernels(KernelBench(((64, 256),), (1,), (1,), 3), tmp_path / "k.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["k.json"]
     monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "install it again")
     with pytest.raises(BenchError, match="no kernels for cpu.*install it again"):
         bench_kernels(SMALL)

@@ -46,8 +46,10 @@ def test_no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     subjects = "CUDA decode kernel", "Triton kernels"
     assert kernels(monkeypatch, gpu=True)[1:] == [Finding(subject, "ok", "") for subject in subjects]
+    [found, _] = kernels(monkeypatch, True, "NVRTC does not compile it")[1:]
+    assert found.detail == "Triton's kernels run instead"
     assert kernels(monkeypatch, True, "NVRTC does not compile it", INSTALL)[1:] == [
-        Finding(subjects[0], "missing", "Triton's kernels run instead", "NVRTC does not compile it"),
+        Finding(subjects[0], "missing", "plain torch runs instead", "NVRTC does not compile it"),
         Finding(subjects[1], "missing", "plain torch runs instead, many times slower", INSTALL),
     ]
 

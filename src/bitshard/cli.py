@@ -81,7 +81,9 @@ def main() -> None:
         _fail(str(error))
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _fail("interrupted; what was finished is kept: run the same command again to go on")
+            _fail(
+                "interrupted; what was finished is kept: quantize and convert go on when the same command is run again"
+            )
         raise
 
 

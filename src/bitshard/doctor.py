@@ -55,7 +55,11 @@ def _kernels() -> Sequence[Finding]:
         processor = Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}")
     found, gpu = [processor], torch.cuda.is_available()
     for subject, why, instead in (
-        ("CUDA decode kernel", decode.missing(), "Triton's kernels run instead"),
+        (
+            "CUDA decode kernel",
+            decode.missing(),
+            "plain torch runs instead" if why_not_triton() else "Triton's kernels run instead",
+        ),
         (
             "Triton kernels",
             "; ".join(filter(None, ["" if gpu else "a GPU is needed", why_not_triton()])),

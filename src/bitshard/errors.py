@@ -49,4 +49,4 @@ class SolverError(BitshardError, RuntimeError):
 
 
 class BenchError(BitshardError, RuntimeError):
-    """A measurement that cannot be made, or whose check is red: nothing is timed then."""
+    """A measurement that cannot be made, or whose check is red: that is not timed."""

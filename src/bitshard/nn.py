@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
     def why_slow(self) -> str:
         """What kept `arrange` from finding a kernel that reads the weights, where it has left them as they were."""
         device = self.qweight.device.type
-        why = why_not_arranged(device, self.layout_name) or why_not_read(self.spec, self.in_features, device)
+        why = why_not_arranged(device, self.layout_name) or why_not_read(self.spec, self.columns, device)
         return why or self.why_irregular
 
     def kernel(self, dtype: torch.dtype, tokens: int) -> str:

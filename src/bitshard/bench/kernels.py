@@ -8,7 +8,8 @@ in a row, so that the program does come from one: Python and torch that the othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,12 +41,13 @@ MOST_ELEMENTS = 256 << 20  # float32, that are copied on a GPU; its product has 
 IN_A_ROW = 8  # calls of one kernel on a processor, each with another copy
 LONG_SECONDS = 0.02  # of a call that needs no others
 LEAST_CALLS = 32  # of one graph
-AWAKE_SECONDS = 0.1  # of a GPU's work before anything is timed
+AWAKE_SECONDS = 0.1  # of work before anything is timed
 OUTLIERS = 0.002  # of a matrix that has some: the least of the paper's
 CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
 MOST_ERROR = {  # by what is rounded; some peers keep sums in float16 too
     "float32": 1e-5, "float16": 2e-3, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02, "peer": 5e-3,
 }  # fmt: skip
+Turn = Callable[[], float]  # some calls of one contender; seconds of one of them
 SHAPES = {  # (N, K) of one matrix: 7B and 70B models' on a GPU
     "cpu": ((4096, 4096), (4096, 11008), (8192, 28672)),
     "cuda": ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)),
@@ -72,8 +74,10 @@ class KernelBench:
         object.__setattr__(self, "shapes", self.shapes or SHAPES[self.device])
         object.__setattr__(self, "tokens", self.tokens or TOKENS[self.device])
         for n, k in self.shapes:
-            if n < 16 or k < BLOCK or k % BLOCK:
-                raise SpecError("shapes", f"{n}x{k}", f"16 or more rows, columns in blocks of {BLOCK}", "choose others")
+            if n < 16 or n % 16 or k < BLOCK or k % BLOCK:
+                raise SpecError(
+                    "shapes", f"{n}x{k}", f"rows in sixteens, columns in blocks of {BLOCK}", "choose others"
+                )
         for name in ("tokens", "threads"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise SpecError(name, str(getattr(self, name)), "numbers of 1 or more", "choose others")
@@ -136,10 +140,13 @@ class KernelReport:
         }
 
     def require_all(self) -> None:
-        """Raises BenchError when a kernel was not timed."""
-        for where, why in self.refused.items():
-            more = f" ({len(self.refused) - 1} more in the results)" if len(self.refused) > 1 else ""
-            raise BenchError(where, f"{why}{more}", "a right product", "compare without it: the others were timed")
+        """Raises BenchError for all kernels that were not timed."""
+        if self.refused:
+            said = "; ".join(f"{where}: {why}" for where, why in self.refused.items())
+            raise BenchError(
+                "bench kernels", f"{len(self.refused)} that were not timed: {said}",
+                "kernels that run here and are right", "mend them, or compare the others: they were timed",
+            )  # fmt: skip
 
     def render(self) -> Table:
         lines = []
@@ -176,7 +183,8 @@ class KernelReport:
             axis.set(xscale="log", yscale="log", title=f"{threads} threads", xlabel="operations a byte of weights")
             axis.grid(alpha=0.3)
         figure.axes[0].set_ylabel("operations a second")
-        figure.axes[0].legend(fontsize=8)
+        if self.rows:
+            figure.axes[0].legend(fontsize=8)
         figure.supxlabel(report.caption(self.header), fontsize=7)
         figure.savefig(path, dpi=100)
 
@@ -194,7 +202,7 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
         raise BenchError("bench kernels", f"no kernels for {config.device}", "a machine that has them", why)
     header, threads_before = report.header(config.device), torch.get_num_threads()
     rows, refused = list[KernelRow](), dict[str, str]()
-    contend, measure, find_floors = _OF_DEVICE[config.device]
+    contend, turn_of, find_floors = _OF_DEVICE[config.device]
     cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
     floors: dict[int, Floors] = {}
     try:
@@ -207,7 +215,7 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
             if shape not in contenders:
                 contenders = {shape: contend(*shape, refused)}  # one shape's weights in memory
             fit = [contender for contender in contenders[shape] if m <= contender.most_tokens]
-            rows += _measure(fit, shape, m, threads, config, measure, refused)
+            rows += _measure(fit, shape, m, threads, config, turn_of, refused)
             if out is not None:  # what has been measured stays, whatever ends the run
                 report.write_json(out, KernelReport(header, config, floors, rows, refused, left).to_dict())
     finally:
@@ -320,13 +328,13 @@ def _measure(
     m: int,
     threads: int,
     config: KernelBench,
-    measure: Callable[[list[list[Call]], int], list[list[float]]],
+    turn_of: Callable[[list[Call]], Turn],
     refused: dict[str, str],
 ) -> list[KernelRow]:
     (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
     if config.device == "cuda":
         x_MK = x_MK.half().to(_gpu())
-    errors, calls = dict[str, float](), list[list[Call]]()
+    ready = list[tuple[_Contender, float, Turn]]()
     for contender in contenders:
         try:
             copies, output = contender.prepare(x_MK, threads)
@@ -334,51 +342,52 @@ def _measure(
             exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
             error, most = float((found_MR - exact_MR).norm() / exact_MR.norm()), MOST_ERROR[contender.rounds]
             why = "" if error <= most else f"error {error:.2g}, at most {most:g} allowed"
+            # two kernels may share copies: one must not find in a cache what the other has just read
+            start = len(ready) * len(copies) // len(contenders)
+            turn = turn_of([*copies[start:], *copies[:start]])
         except Exception as problem:  # other people's programs raise anything
             why = _said(problem)
         if why:
             refused[f"{contender.name}, {n}x{k}, M={m}, {threads} threads"] = why
-            continue
-        errors[contender.name] = error
-        # two kernels may share copies: one must not find in a cache what the other has just read
-        start = len(calls) * len(copies) // len(contenders)
-        calls.append([*copies[start:], *copies[:start]])
+        else:
+            ready.append((contender, error, turn))
     rows = []
-    timed = [contender for contender in contenders if contender.name in errors]
-    for contender, own in zip(timed, measure(calls, config.repetitions) if calls else [], strict=True):
+    for (contender, error, _), own in zip(ready, _times([turn for *_, turn in ready], config.repetitions), strict=True):
         tenths = quantiles(own, n=10, method="inclusive")
         times = Times(median(own), tenths[0], tenths[-1])
-        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, errors[contender.name], times))
+        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, times))
     return rows
 
 
-def _processor_times(calls: list[list[Call]], repetitions: int) -> list[list[float]]:
-    """Milliseconds of a call of each contender: some in a row, as a model makes them, in turn."""
-    turns = [cycle(own) for own in calls]
-    taken = [[_in_a_row(turn) * 1e3 for turn in turns] for _ in range(repetitions + 1)][1:]
-    return [list(own) for own in zip(*taken, strict=True)]
+def _times(turns: list[Turn], repetitions: int) -> list[list[float]]:
+    """Milliseconds of a call of each, in turn; not counted until the device is awake."""
+    begun = time.perf_counter()
+    while True:
+        for turn in turns:
+            turn()
+        if time.perf_counter() - begun >= AWAKE_SECONDS:
+            break
+    taken = [[turn() * 1e3 for turn in turns] for _ in range(repetitions)]
+    return [[times[i] for times in taken] for i in range(len(turns))]
 
 
-def _in_a_row(calls: Iterator[Call]) -> float:
-    """Seconds of one of IN_A_ROW calls, behind one that is not counted unless it is long."""
-    first = cpu_seconds(next(calls))
-    return first if first > LONG_SECONDS else cpu_seconds(partial(_call_all, islice(calls, IN_A_ROW))) / IN_A_ROW
+def _processor_turn(copies: list[Call]) -> Turn:
+    """Seconds of one of IN_A_ROW calls, as a model makes them, behind one that is not counted unless it is long."""
+    calls = cycle(copies)
+
+    def turn() -> float:
+        first = cpu_seconds(next(calls))
+        return first if first > LONG_SECONDS else cpu_seconds(partial(_call_all, islice(calls, IN_A_ROW))) / IN_A_ROW
+
+    return turn
 
 
-def _gpu_times(calls: list[list[Call]], repetitions: int) -> list[list[float]]:
-    """Milliseconds of a call of each contender: passes over all its copies, in turn, divided by their number.
-
-    A pass is of many calls, so that what it takes to begin does not count, and the card is awake before the first.
-    """
-    calls = [own * -(-LEAST_CALLS // len(own)) for own in calls]
-    passes = [capture(partial(_call_all, own)) for own in calls]
-    awake = 0.0
-    while awake < AWAKE_SECONDS:
-        awake += sum(cuda_seconds(each) for each in passes)
-    taken = [[cuda_seconds(each) * 1e3 for each in passes] for _ in range(repetitions + 1)][1:]
-    return [
-        [seconds / len(own) for seconds in times] for own, times in zip(calls, zip(*taken, strict=True), strict=True)
-    ]
+def _gpu_turn(copies: list[Call]) -> Turn:
+    """Seconds of a call in a pass over all copies, a graph of so many that what it takes to begin does not count."""
+    calls = copies * -(-LEAST_CALLS // len(copies))
+    replay = capture(partial(_call_all, calls))
+    replay()
+    return lambda: cuda_seconds(replay) / len(calls)
 
 
 def _call_all(calls: Iterable[Call]) -> None:
@@ -481,6 +490,6 @@ def _random_gptq(n: int, k: int, device: torch.device = CPU) -> tuple[QuantLinea
 
 
 _OF_DEVICE = {
-    "cpu": (_contenders, _processor_times, _floors),
-    "cuda": (_gpu_contenders, _gpu_times, _gpu_floors),
+    "cpu": (_contenders, _processor_turn, _floors),
+    "cuda": (_gpu_contenders, _gpu_turn, _gpu_floors),
 }

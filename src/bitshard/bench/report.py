@@ -100,7 +100,16 @@ def require_json_path(path: Path) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    """All of it or, with CheckpointError, what was there before."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            str(path), error.strerror or str(error), "a file that can be written", "choose another path"
+        ) from None
 
 
 @dataclass(frozen=True)

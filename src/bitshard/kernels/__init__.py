@@ -31,6 +31,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from bitshard.errors import SpecError
 from bitshard.kernels import cpu, decode, reference
@@ -104,29 +105,45 @@ mix64_linears = torch.ops.bitshard.mix64_linears.default
 def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
     """The kernel that runs. Raises SpecError for one that does not exist or cannot read this."""
     require_backend(backend)
-    takers = [kernel for kernel in KERNELS if kernel.takes(layout, arrangement, dtype)]
-    wanted = [kernel for kernel in takers if kernel.fits(tokens, backend)]
-    if chosen := next((kernel for kernel in wanted if not kernel.missing()), None):
-        if chosen != wanted[0]:
-            _report(f"{chosen.name} runs instead of {wanted[0].name}: {wanted[0].missing()}")
-        elif chosen.name == "reference" != backend and arrangement != "file":
-            _report(f"plain torch runs {layout} for {_name(dtype)} activations, which no other kernel takes")
-        return chosen.name
-    able = [kernel.name for kernel in takers if not kernel.missing()]
-    asked = next((kernel for kernel in KERNELS if kernel.name == backend), KERNELS[-1])
+    for kernel in _wanted(layout, arrangement, dtype, tokens, backend):
+        if not kernel.missing():
+            return kernel.name
+    able = [kernel for kernel in KERNELS if kernel.takes(layout, arrangement, dtype) and not kernel.missing()]
+    if not able:
+        raise SpecError("input", _name(dtype), ", ".join(map(_name, KERNELS[-1].dtypes)), "convert it to one of these")
+    asked = next(kernel for kernel in KERNELS if kernel.name == backend)
     what = {"file": "weights as the file has them", "cpu": "weights on a processor", "gpu": "weights on a GPU"}
     raise SpecError(
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {_name(dtype)} activations",
-        ", ".join(["exact", "auto", *able]),
+        ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
         asked.missing() or "choose one of these",
     )
 
 
+def _wanted(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> list[Kernel]:
+    """Those that take all this, in order of preference, wherever they run."""
+    return [k for k in KERNELS if k.takes(layout, arrangement, dtype) and k.fits(tokens, backend)]
+
+
+@lru_cache(maxsize=1024)
+def _to_run(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
+    """`choose`, which is said once where it is not what was to run: results are the same, and it would go unnoticed."""
+    name, first = (
+        choose(layout, arrangement, dtype, tokens, backend),
+        _wanted(layout, arrangement, dtype, tokens, backend)[0],
+    )
+    if name != first.name:
+        _report(f"{name} runs instead of {first.name}: {first.missing()}")
+    elif name == "reference" != backend and arrangement != "file":
+        _report(f"plain torch runs {layout} for {_name(dtype)} activations, which no other kernel takes")
+    return name
+
+
 @cache
 def _report(what: str) -> None:
-    """Once: a slower kernel than the one that was to run gives the same results, and would go unnoticed."""
-    logger.warning(what)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning(what)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -148,9 +165,9 @@ def _require_device(x: torch.Tensor, weight: torch.Tensor, arrangement: Arrangem
     if x.device != weight.device or x.device.type != HOMES.get(arrangement, x.device.type):
         made = f", arranged for {HOMES[arrangement]}" if arrangement in HOMES else ""
         raise SpecError(
-            "weights", f"weights on {weight.device}{made}, with an input on {x.device}",
-            "weights and input on the device that the model was loaded on",
-            "load the model on that device instead of moving it there",
+            "input", f"one on {x.device}, with weights on {weight.device}{made}",
+            "both on the device that the model was loaded on",
+            "move the input there; load a model where it is to run instead of moving it",
         )  # fmt: skip
 
 
@@ -162,7 +179,8 @@ def require_backend(backend: str) -> None:
 def why_not_arranged(device: str, layout: str = "mix64") -> str:
     """What keeps faster kernels than the reference from running on a device; "" if nothing does."""
     if device == "cuda":
-        return why_not_triton() and (decode.missing() if layout == "mix64" else why_not_triton())
+        only_decode = layout == "mix64" and why_not_triton() and not decode.missing()
+        return "" if only_decode else why_not_triton()
     return cpu.missing() if device == "cpu" else f"there are no kernels for {device}"
 
 
@@ -180,7 +198,7 @@ def _(
     backend: str,
 ) -> torch.Tensor:
     _require_device(x, qweight, arrangement)
-    kernel = choose("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
+    kernel = _to_run("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
     if kernel == "triton":
@@ -205,7 +223,7 @@ def _(
     backend: str,
 ) -> torch.Tensor:
     _require_device(x, qweight, arrangement)
-    kernel = choose("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
+    kernel = _to_run("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
         spec = MixSpec(bits, fraction_4bit, metadata_kind)
         return reference.mix64_linear(x, qweight, qextra, metadata, outliers, out_features, spec, arrangement)
@@ -229,7 +247,7 @@ def _(
     wides: Sequence[int],
     backend: str,
 ) -> torch.Tensor:
-    kernel = choose("mix64", "cpu", x.dtype, x.shape[:-1].numel(), backend)
+    kernel = _to_run("mix64", "cpu", x.dtype, x.shape[:-1].numel(), backend)
     assert kernel != "reference"  # which reads one matrix at a time
     return cpu.mix64_linears(x, qweights, scales2, outliers, out_features, wides, kernel == "cpu-int8")
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from bitshard.records import ROWS
 SOURCE = Path(__file__).with_name("decode.cu")
 CHANNELS = 128  # of a record
 MOST_TOKENS = 64  # every 16 tokens read the weights again: beyond 64 that is as much as float16 weights would be
+_COMPILING = Lock()
 BUSY_WARPS = 8  # on each multiprocessor, when enough copies are on their way
 
 
@@ -141,12 +143,13 @@ def _some_toolkit() -> Iterator[None]:
     """
     from torch.utils import cpp_extension  # here, as it takes a third of a second
 
-    found = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = found or str(SOURCE.parent)
-    try:
-        yield
-    finally:
-        cpp_extension.CUDA_HOME = found
+    with _COMPILING:
+        found = cpp_extension.CUDA_HOME
+        cpp_extension.CUDA_HOME = found or str(SOURCE.parent)
+        try:
+            yield
+        finally:
+            cpp_extension.CUDA_HOME = found
 
 
 @cache
