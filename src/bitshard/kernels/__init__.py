@@ -128,11 +128,9 @@ def _wanted(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: i
 
 @lru_cache(maxsize=1024)
 def _to_run(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: int, backend: str) -> str:
-    """`choose`, which is said once where it is not what was to run: results are the same, and it would go unnoticed."""
-    name, first = (
-        choose(layout, arrangement, dtype, tokens, backend),
-        _wanted(layout, arrangement, dtype, tokens, backend)[0],
-    )
+    """`choose`; where it is not what was to run that is said, as nobody would notice by the results."""
+    name = choose(layout, arrangement, dtype, tokens, backend)
+    first = _wanted(layout, arrangement, dtype, tokens, backend)[0]
     if name != first.name:
         _report(f"{name} runs instead of {first.name}: {first.missing()}")
     elif name == "reference" != backend and arrangement != "file":
