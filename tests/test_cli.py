@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from alter import WEIGHTS, Change, config, merged, section, tensors
-from bitshard import __version__, cli
+from bitshard import __version__, cli, generate
 from bitshard.convert import convert
 from bitshard.kernels import BACKENDS
 from bitshard.quantized import trivial_g_idx
@@ -270,6 +271,13 @@ def test_ctrl_c(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = bitshard("convert", copy, tmp_path / "out")
     assert result.code == 1 and not result.stdout
     assert result.stderr.splitlines()[-1].startswith("bitshard: interrupted; what was finished is kept")
+
+
+def test_an_empty_answer_is_explained(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args: replace(found(*args), text="\n"))
+    result = bitshard("generate", copy, "Hello", "--max-new-tokens", 2, "--no-chat", "--json")
+    assert result.code == 0 and "the model ended its answer at once: ask otherwise" in result.stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])

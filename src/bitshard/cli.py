@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HELP = """Low-bit language models, ordered so that tensor parallelism costs nothing at run time.
 
-Results on stdout, progress and errors on stderr. Exit codes: 0 done, 1 refused, failed or
-interrupted, 2 a command line that cannot be read."""
+Results on stdout, progress and errors on stderr.
+
+Exit codes: 0 done, 1 refused, failed or interrupted, 2 not understood."""
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is no terminal
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 ZEROS = {1: "stored minus one (v1)", 2: "stored as they are (v2)"}
@@ -81,9 +82,9 @@ def main() -> None:
         _fail(str(error))
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _fail(
-                "interrupted; what was finished is kept: quantize and convert go on when the same command is run again"
-            )
+            goes_on = not {"quantize", "convert"}.isdisjoint(sys.argv[1:2])
+            kept = "; what was finished is kept: run the same command again to go on"
+            _fail(f"interrupted{kept if goes_on else ''}")
         raise
 
 
@@ -303,7 +304,7 @@ def convert(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or hub id; config.json is enough.")],
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; config.json is enough.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
     fraction_4bit: Annotated[
@@ -567,11 +568,15 @@ def generate(
     options = GenerateOptions(
         max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend, compile=compile
     )
+    if compile and os.environ.get("RANK", "0") == "0":
+        err_console.print("compiling a token's step first: 10 s to a minute", highlight=False)
     report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
     if os.environ.get("RANK", "0") != "0":
         return
     sent = f"{report.traffic.total_calls} collectives and {_size(report.traffic.total_bytes)} per token"
     compiled = "" if report.compile_seconds is None else f", after {report.compile_seconds:.0f} s of compiling"
+    if not report.text.strip():
+        err_console.print("the model ended its answer at once: ask otherwise, or try --no-chat", highlight=False)
     err_console.print(f"{report.tokens_per_second:.2f} tokens/s on {tp} rank(s), {sent}{compiled}", highlight=False)
     _emit(report, as_json)
 
