@@ -35,7 +35,7 @@ def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     report = bench_kernels(SMALL, tmp_path / "out" / "k.json")
     ours = [f"{layout} {kernel}" for layout in ("mix64", "gptq 4-bit") for kernel in ("cpu-int8", "cpu")]
-    wanted = [*ours[:2], "mix64, 0.2% outliers, cpu-int8", *ours[2:], "torch float32", "torch bfloat16"]
+    wanted = [*ours[:2], "mix64 C call", "mix64, 0.2% outliers, cpu-int8", *ours[2:], "torch float32", "torch bfloat16"]
     for n, k in SMALL.shapes:
         of_ggml = ["ggml q2_K"] if ggml.libraries() is not None and k % 256 == 0 else []
         for tokens in SMALL.tokens:
@@ -54,10 +54,10 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(kernels.MOST_ERROR, "int8", 1e-6)
     report = bench_kernels(SMALL, tmp_path / "k.json")
     assert {row.kernel for row in report.rows} >= {"mix64 cpu", "torch float32"}
-    assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 3
+    assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 4
     assert json.loads((tmp_path / "k.json").read_text())["refused"] == report.refused
     with pytest.raises(
-        BenchError, match=r"found 24 that were not timed: mix64 cpu-int8, 64x256, M=1, 1 threads: error .*; allowed"
+        BenchError, match=r"found 32 that were not timed: mix64 cpu-int8, 64x256, M=1, 1 threads: error .*; allowed"
     ):
         report.require_all()
 

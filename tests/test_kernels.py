@@ -290,8 +290,8 @@ def test_matrices_that_read_the_same_become_one_call(
     def compute(x: torch.Tensor) -> list[torch.Tensor]:  # the last one is what inductor's own passes look at
         return [*(linear(x) for linear in linears), linears[0](x + 1), linears[0](x) + torch.mm(x, W_KN)]
 
-    expected, found = compute(x), cpu._array
-    monkeypatch.setattr(cpu, "_array", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
+    expected, found = compute(x), cpu.array_of
+    monkeypatch.setattr(cpu, "array_of", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
     together = torch.compile(compute, fullgraph=True, options={"post_grad_custom_pre_pass": FuseLinears()})
     with torch.no_grad():
         *outputs, last = together(x)

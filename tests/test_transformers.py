@@ -167,8 +167,8 @@ def test_a_compiled_step_writes_the_same_text(model_type: str, tmp_path: Path, m
     path = random_checkpoint(tmp_path / "in", model_type, MixSpec())
     character_tokenizer().save_pretrained(path)
     plain = GenerateOptions(12, temperature=1.0, seed=3)  # compiling must not draw
-    calls, found = list[int](), cpu._array
-    monkeypatch.setattr(cpu, "_array", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
+    calls, found = list[int](), cpu.array_of
+    monkeypatch.setattr(cpu, "array_of", lambda *weights: calls.append(len(weights)) or found(*weights))  # type: ignore[func-returns-value]
     runs = [generate(path, "Hello", options) for options in (plain, replace(plain, compile=True))]
     if cpu.library() is not None:  # before the 14 of the token that is looked at for its collectives
         assert calls[-22:-14] == 2 * [3, 1, 2, 1]  # q, k and v; o; gate and up; down

@@ -27,7 +27,7 @@ from bitshard.bench import ggml, report
 from bitshard.bench.gpu_peers import peers
 from bitshard.bench.timing import Call, Times, capture, cpu_seconds, cuda_seconds
 from bitshard.errors import BenchError, SpecError
-from bitshard.kernels import decode, why_not_arranged
+from bitshard.kernels import cpu, decode, why_not_arranged
 from bitshard.kernels.reference import dequantize
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
@@ -260,6 +260,8 @@ def _contenders(n: int, k: int, refused: dict[str, str]) -> list[_Contender]:
         nbytes, copies = _copied(linear)
         for backend, rounds in backends:
             found.append(_Contender(f"{name} {backend}", rounds, nbytes, W_RK, partial(_packed, copies, backend)))
+        if name == "mix64":
+            found.append(_Contender("mix64 C call", "int8", nbytes, W_RK, partial(_c_call, copies)))
     W_NK = torch.randn(n, k)
     for dtype in (torch.float32, torch.bfloat16):
         weight, rounds = W_NK.to(dtype), str(dtype).removeprefix("torch.")
@@ -421,6 +423,20 @@ def _packed(copies: Sequence[PackedLinear], backend: str, x_MK: torch.Tensor, th
         return y_MN
 
     return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
+
+
+def _c_call(copies: Sequence[PackedLinear], x_MK: torch.Tensor, threads: int) -> Any:
+    """`cpu-int8` as ggml's kernel is called, without a layer and torch's dispatcher around it."""
+    library, y_MN = cpu.library(), x_MK.new_empty(len(x_MK), copies[0].rows)
+    assert library is not None
+
+    def multiply(weight: Any) -> None:
+        how = 1, True, cpu.instruction_set(), threads
+        library.bitshard_mix64_side_by_side(x_MK.data_ptr(), y_MN.data_ptr(), len(x_MK), weight, *how)
+
+    wide = MixSpec().widths.count(4)
+    fields = (cpu.mix64_fields(x_MK, c.qweight, c.get_parameter("scales2"), (), c.rows, wide) for c in copies)
+    return [partial(multiply, cpu.array_of(weight)) for weight in fields], lambda: y_MN
 
 
 def _peer(copies: Sequence[Callable[[torch.Tensor], torch.Tensor]], x_MK: torch.Tensor, threads: int) -> Any:

@@ -94,8 +94,8 @@ def mix64_linear(
     bits8: bool,
 ) -> torch.Tensor:
     """`mix64` tensors from `records.mix64_rows`. wide: 4-bit strips of each block."""
-    weight = _mix64(x, qweight, scales2, outliers, out_features, wide)
-    return _call("bitshard_mix64_side_by_side", x, out_features, (_array(weight), 1), bits8)
+    weight = mix64_fields(x, qweight, scales2, outliers, out_features, wide)
+    return _call("bitshard_mix64_side_by_side", x, out_features, (array_of(weight), 1), bits8)
 
 
 def mix64_linears(
@@ -111,13 +111,13 @@ def mix64_linears(
     there are not as many of everything.
     """
     own = [outliers[i : i + 3] for i in range(0, len(outliers), 3)] or [()] * len(qweights)
-    weights = [_mix64(x, *weight) for weight in zip(qweights, scales2, own, out_features, wides, strict=True)]
+    weights = [mix64_fields(x, *weight) for weight in zip(qweights, scales2, own, out_features, wides, strict=True)]
     if not weights:
         raise ValueError("no weights")
-    return _call("bitshard_mix64_side_by_side", x, sum(out_features), (_array(*weights), len(weights)), bits8)
+    return _call("bitshard_mix64_side_by_side", x, sum(out_features), (array_of(*weights), len(weights)), bits8)
 
 
-def _mix64(
+def mix64_fields(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales2: torch.Tensor,
@@ -131,7 +131,7 @@ def _mix64(
 
 
 @lru_cache(maxsize=1 << 14)  # more than any model has matrices; to make one takes several microseconds
-def _array(*weights: tuple[int | None, ...]) -> ctypes.Array[Mix64]:
+def array_of(*weights: tuple[int | None, ...]) -> ctypes.Array[Mix64]:
     """Nothing but these numbers, so it holds for whatever stands at those addresses."""
     return (Mix64 * len(weights))(*(Mix64(*weight) for weight in weights))
 
