@@ -15,7 +15,7 @@ from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
 from bitshard.records import gptq_rows, mix64_lanes, mix64_rows, why_not_read
-from bitshard.spec import STRIP, MixSpec, QuantSpec
+from bitshard.spec import STRIP, WORD_BITS, MixSpec, QuantSpec
 
 
 class PackedLinear(nn.Module):
@@ -127,7 +127,7 @@ class QuantLinear(PackedLinear):
 
     @property
     def columns(self) -> int:
-        return (self.file_shape or self.qweight.shape)[0] * 32 // self.spec.bits
+        return (self.file_shape or self.qweight.shape)[0] * WORD_BITS // self.spec.bits
 
     def order_rows(self) -> None:
         """Sort the rows by group (stable, 2402.04925 Algorithm 1) and drop `g_idx` where groups come out whole.
@@ -237,7 +237,7 @@ class Mix64Linear(PackedLinear):
         """x [..., K] -> [..., N]."""
         spec, own = self.spec, self._parameters  # a name looked up there takes a fifth of the time of an attribute
         rows, strips = self.file_shape or self.qweight.shape
-        if x.shape[-1] != min(self.in_features, strips * STRIP):
+        if x.shape[-1] != self.columns:
             raise self.another_width(x)
         if unused := strips * STRIP - x.shape[-1]:
             x = F.pad(x, (0, unused))

@@ -73,13 +73,11 @@ def why_not_read(spec: QuantSpec | MixSpec, in_features: int, device: str) -> st
 
 def _why_not_groups(spec: QuantSpec, group: int) -> str:
     strip = 2 * STRIP if spec.bits == 3 else STRIP
-    return (
-        f"{spec.bits}-bit groups of {group} channels, where kernels read multiples of {strip}" if group % strip else ""
-    )
+    return f"groups of {group} channels, where kernels read multiples of {strip}" if group % strip else ""
 
 
 def _why_not_strips(spec: MixSpec) -> str:
-    if others := {2, 4}.symmetric_difference({2, 4}.union(spec.widths)):
+    if others := set(spec.widths) - {2, 4}:
         return f"strips of {max(others)} bits, where kernels read 2 and 4"
     return "" if spec.metadata == "fine" else f"{spec.metadata!r} metadata, where kernels read 'fine'"
 
