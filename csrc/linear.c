@@ -15,7 +15,8 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 16, TILE = 64, MOST_TOKENS = 8, PANEL = 64, AHEAD = 8 };
+enum { ROWS = 16, TILE = 64, EIGHT = 8, MANY = 13, PANEL = 64, CHUNK = 8, AHEAD = 8 };
+enum { BIAS = 9 }; /* the largest zero of mix64: a code less its zero, plus this, is not negative */
 
 typedef struct {
     int64_t n, blocks; /* rows that are real; blocks of 64 channels */
@@ -46,7 +47,9 @@ typedef struct {
     int32_t *codes;     /* [M, K / 4] of four signed bytes each, in the order of each strip's words; NULL: use `exact` */
     float *scales;      /* [M, K / block] */
     float *sums;        /* of codes [M, K / span] */
+    int32_t *starts;    /* the same times -BIAS */
     int64_t k, block, span;
+    int64_t together; /* tokens that lie side by side: what is [M, n] here is [M / together, n, together] */
 } activations;
 
 typedef int8_t bytes __attribute__((vector_size(16)));
@@ -124,24 +127,30 @@ typedef struct {
 } factor;
 
 /* y [M, sum of n] = x times the matrices, side by side, one or more of the same K; a group of rows and at most `most`
-   tokens at a time. quantize: NULL for activations as they are. */
-static int multiply(kernel *run, int64_t most, factor *factors, int count, quantizer *quantize, float *y, int64_t tokens,
-                    int threads) {
+   tokens at a time, or, of MANY, a panel if the kernel takes any eights. quantize: NULL for activations as they are. */
+static int multiply(kernel *run, int64_t most, int eights, factor *factors, int count, quantizer *quantize, float *y,
+                    int64_t tokens, int threads) {
     int64_t stride = 0, k = factors->a.k, blocks = k / factors->a.block, spans = k / factors->a.span;
     for (int f = 0; f < count; f++) stride += factors[f].n;
-    int32_t *codes = NULL;
+    eights = eights && tokens >= MANY; /* 12 are faster as 8 and 4 than filled up to 16 */
+    int64_t filled = eights ? (tokens + EIGHT - 1) / EIGHT * EIGHT : tokens; /* with tokens that are 0 */
+    int32_t *codes = NULL, *starts = NULL;
     float *scales = NULL;
     if (quantize) {
-        codes = malloc(count * tokens * k);
-        scales = malloc(count * tokens * (blocks + spans) * sizeof(float));
-        if (!codes || !scales) return free(codes), free(scales), -1;
+        codes = calloc(count * filled, k);
+        scales = calloc(count * filled, (blocks + spans) * sizeof(float));
+        starts = calloc(count * filled, spans * sizeof(int32_t));
+        if (!codes || !scales || !starts) return free(codes), free(scales), free(starts), -1;
         for (int f = 0; f < count; f++) {
             int same = 0;
             while (memcmp(factors[same].bits, factors[f].bits, sizeof factors->bits)) same++;
+            activations *a = &factors[f].a;
             factors[f].rounds = same == f;
-            factors[f].a.codes = codes + same * tokens * k / 4;
-            factors[f].a.scales = scales + same * tokens * (blocks + spans);
-            factors[f].a.sums = factors[f].a.scales + tokens * blocks;
+            a->codes = codes + same * filled * k / 4;
+            a->scales = scales + same * filled * (blocks + spans);
+            a->sums = a->scales + filled * blocks;
+            a->starts = starts + same * filled * spans;
+            a->together = eights ? EIGHT : 1;
         }
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -159,9 +168,10 @@ static int multiply(kernel *run, int64_t most, factor *factors, int count, quant
                 for (int64_t group = 0; group < (f->n + ROWS - 1) / ROWS; group++) {
                     int64_t first = group * ROWS, rows = f->n - first < ROWS ? f->n - first : ROWS;
                     for (int64_t m = panel, step; m < end; m += step) {
-                        float out[MOST_TOKENS * ROWS];
+                        _Alignas(64) float out[PANEL * ROWS]; /* a line for each token: what crosses one is slow to be read again */
                         for (step = most; step > end - m;) step /= 2;
-                        run(f->weight, group, &f->a, m, step, out);
+                        if (eights) step = end - m;
+                        run(f->weight, group, &f->a, m, eights ? (step + EIGHT - 1) / EIGHT * EIGHT : step, out);
                         for (int64_t t = 0; t < step; t++)
                             memcpy(columns + (m + t) * stride + first, out + t * ROWS, rows * sizeof(float));
                     }
@@ -173,7 +183,7 @@ static int multiply(kernel *run, int64_t most, factor *factors, int count, quant
             }
         }
     }
-    free(codes), free(scales);
+    free(codes), free(scales), free(starts);
     return 0;
 }
 
@@ -188,7 +198,8 @@ int bitshard_mix64_side_by_side(const float *x, float *y, int64_t tokens, const 
         factors[f] = (factor){w, w, w->n, {2, 2, 2, 2}, {.exact = x, .k = w->blocks * 64, .block = 64, .span = 16}, 1};
         for (int s = 0; s < w->wide; s++) factors[f].bits[s] = 4;
     }
-    int failed = multiply(mix64_kernels[isa], 8, factors, count, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
+    quantizer *quantize = bits8 ? quantizers[isa] : NULL;
+    int failed = multiply(mix64_kernels[isa], EIGHT, bits8, factors, count, quantize, y, tokens, threads);
     free(factors);
     return failed;
 }
@@ -200,5 +211,5 @@ int bitshard_gptq(const float *x, float *y, int64_t tokens, int64_t n, int64_t k
     int64_t block = 64;
     while (group_size % block) block /= 2;
     factor f = {&w, NULL, n, {width, width, width, width}, {.exact = x, .k = k, .block = block, .span = block}, 1};
-    return multiply(gptq_kernels[isa], 4, &f, 1, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
+    return multiply(gptq_kernels[isa], 4, 0, &f, 1, bits8 ? quantizers[isa] : NULL, y, tokens, threads);
 }

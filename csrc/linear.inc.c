@@ -4,45 +4,51 @@
 
 #define LOAD(type, pointer) (*(const FN(type) *)(pointer))
 
-typedef int8_t FN(v8_mem) __attribute__((vector_size(LANES), aligned(1), may_alias));
-
 /* One token's codes, nearest even. bits: of the four strips of each 64 channels. Number by number, with the C library's
    fmaxf and lrintf, this was a fifth of a product with one token. */
 static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits) {
-    int8_t natural[64], *codes = (int8_t *)a->codes + m * a->k;
+    int8_t natural[64], eighth[64];
     const VF to_integer = (VF){0} + 0x1.8p23f; /* added, leaves a small number's nearest integer in the low bits */
-    for (int64_t start = 0; start < a->k; start += a->block) {
-        const float *x = a->exact + m * a->k + start;
+    int64_t together = a->together, first = m / together, lane = m % together, blocks = a->k / a->block;
+    int64_t spans = a->block / a->span;
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *x = a->exact + m * a->k + b * a->block;
         VI most = {0}; /* magnitudes order as their bits do, and what is not finite comes last */
         for (int64_t i = 0; i < a->block; i += LANES) {
             VI magnitude = (VI)LOAD(vf_mem, x + i) & 0x7FFFFFFF, more = magnitude > most;
             most = (magnitude & more) | (most & ~more);
         }
-        int32_t most_bits = 0;
-        for (int lane = 0; lane < LANES; lane++) most_bits = most[lane] > most_bits ? most[lane] : most_bits;
+        int32_t most_bits = FN(largest)(most);
         float largest, inverse;
         memcpy(&largest, &most_bits, sizeof(float));
         inverse = largest > 0x1p-120f ? 127 / largest : 0; /* of less it would not be finite */
         /* NaN where an activation is not finite, which no code could say */
-        a->scales[(m * a->k + start) / a->block] = most_bits < 0x7F800000 ? largest / 127 : NAN;
-        for (int64_t i = 0; i < a->block; i += LANES) {
-            VI code = (VI)(LOAD(vf_mem, x + i) * inverse + to_integer) - (VI)to_integer;
-            *(FN(v8_mem) *)(natural + i) = __builtin_convertvector(code, FN(v8_mem));
+        int64_t at = (first * blocks + b) * together; /* where the eight's part of the block begins, if it is one */
+        a->scales[at + lane] = most_bits < 0x7F800000 ? largest / 127 : NAN;
+        for (int64_t i = 0; i < spans; i++) {
+            VI sum = {0};
+            for (int64_t j = i * a->span; j < (i + 1) * a->span; j += LANES) {
+                VI code = (VI)(LOAD(vf_mem, x + j) * inverse + to_integer) - (VI)to_integer;
+                FN(store_bytes)(natural + j, code);
+                sum += code;
+            }
+            int32_t total = FN(total)(sum);
+            a->sums[at * spans + i * together + lane] = (float)total;
+            a->starts[at * spans + i * together + lane] = -BIAS * total;
         }
+        int32_t *codes = a->codes + at * a->block / 4 + lane;
+        int8_t *laid = together == 1 ? (int8_t *)codes : eighth;
         for (int64_t i = 0, step; i < a->block; i += step) {
-            int width = bits[(start + i) / 16 % 4];
+            int width = bits[(b * a->block + i) / 16 % 4];
             step = width == 3 ? 32 : 16;
             if (width == 3)
-                for (int64_t j = 0; j < step; j++) codes[start + i + j] = natural[i + orders[width][j]];
+                for (int64_t j = 0; j < step; j++) laid[i + j] = natural[i + orders[width][j]];
             else
-                *(bytes_mem *)(codes + start + i) =
+                *(bytes_mem *)(laid + i) =
                     __builtin_shuffle((bytes)*(const bytes_mem *)(natural + i), (bytes)*(const bytes_mem *)orders[width]);
         }
-        for (int64_t i = 0; i < a->block; i += a->span) {
-            int32_t sum = 0;
-            for (int64_t j = 0; j < a->span; j++) sum += natural[i + j];
-            a->sums[(m * a->k + start + i) / a->span] = (float)sum;
-        }
+        for (int64_t i = 0; i < a->block / 4 && together > 1; i++)
+            memcpy(codes + i * together, laid + 4 * i, sizeof(int32_t));
     }
 }
 
@@ -50,7 +56,8 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
 typedef struct {
     int wide; /* 4-bit codes in two words, not 2-bit ones in one */
     VI word[2];
-    VF scale, zero;
+    VI zero;
+    VF scale;
 } FN(strip);
 
 /* Strip s of block b for the rows of a group from `first` on. */
@@ -60,13 +67,12 @@ INLINE FN(strip) FN(mix64_strip)(const mix64 *w, int64_t group, int64_t b, int s
     const uint16_t *scales = (const uint16_t *)(record + (4 + w->wide) * ROWS);
     const uint8_t *zeros = (const uint8_t *)(scales + ROWS);
     const float *second = w->scales2 + 2 * ((tile * w->blocks + b) * 4 + s);
-    VI scale_codes = __builtin_convertvector(LOAD(vu16_mem, scales + first), VI);
-    VI zero_codes = __builtin_convertvector(LOAD(vu8_mem, zeros + first), VI);
+    VI scale_codes = FN(load_shorts)(scales + first), zero_codes = FN(load_bytes)(zeros + first);
     FN(strip) strip = {.wide = s < w->wide};
     strip.word[0] = (VI)LOAD(vi_mem, record + s * ROWS + first);
     if (strip.wide) strip.word[1] = (VI)LOAD(vi_mem, record + (4 + s) * ROWS + first);
     strip.scale = FN(half)(__builtin_convertvector((scale_codes >> (4 * s)) & 15, VF) * second[0] + second[1]);
-    strip.zero = __builtin_convertvector(((zero_codes >> (2 * s)) & 3) + (strip.wide ? 6 : 0), VF);
+    strip.zero = ((zero_codes >> (2 * s)) & 3) + (strip.wide ? 6 : 0);
     return strip;
 }
 
@@ -85,20 +91,20 @@ INLINE VI FN(codes)(const FN(strip) *strip, int j) {
 /* The code of channel i less its zero. */
 INLINE VF FN(code)(const FN(strip) *strip, int i) {
     VI code = strip->wide ? (strip->word[i / 8] >> (4 * (i % 8))) & 15 : (strip->word[0] >> (2 * i)) & 3;
-    return __builtin_convertvector(code, VF) - strip->zero;
+    return __builtin_convertvector(code - strip->zero, VF);
 }
 
-/* y [T, ROWS] of one group of rows, 8-bit activations of T tokens from token m on. */
-INLINE void FN(mix64_int8)(const mix64 *w, int64_t group, const activations *a, int64_t m, int T, float *y) {
+/* y [T, ROWS] of one group of rows, 8-bit activations of T tokens from token m on, at most EIGHT. */
+INLINE void FN(mix64_few)(const mix64 *w, int64_t group, const activations *a, int64_t m, int T, float *y) {
     for (int first = 0; first < ROWS; first += LANES) {
-        VF sum[MOST_TOKENS] = {0};
+        VF sum[EIGHT] = {0};
         for (int64_t b = 0; b < w->blocks; b++) {
-            VF block[MOST_TOKENS] = {0};
+            VF block[EIGHT] = {0};
             FN(mix64_prefetch)(w, group * w->blocks + b + AHEAD);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 FN(strip) strip = FN(mix64_strip)(w, group, b, s, first);
-                VF offset = strip.zero * strip.scale;
+                VF offset = __builtin_convertvector(strip.zero, VF) * strip.scale;
                 VI codes[4];
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) codes[j] = FN(codes)(&strip, j);
@@ -120,16 +126,63 @@ INLINE void FN(mix64_int8)(const mix64 *w, int64_t group, const activations *a, 
     }
 }
 
+/* The same of any eights of tokens, for which CHUNK blocks at a time are unpacked once, into the first cache. Codes have
+   their zeros taken off, so that no product is spent on these; BIAS keeps them from being negative. */
+INLINE void FN(mix64_many)(const mix64 *w, int64_t group, const activations *a, int64_t m, int64_t tokens, float *y) {
+    for (int first = 0; first < ROWS; first += LANES) {
+        for (int64_t t = 0; t < tokens; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem)){0};
+        for (int64_t chunk = 0; chunk < w->blocks; chunk += CHUNK) {
+            int64_t blocks = w->blocks - chunk < CHUNK ? w->blocks - chunk : CHUNK;
+            VI codes[CHUNK][4][4];
+            VF scale[CHUNK][4];
+            for (int64_t b = 0; b < blocks; b++) {
+                FN(mix64_prefetch)(w, group * w->blocks + chunk + b + AHEAD);
+#pragma GCC unroll 4
+                for (int s = 0; s < 4; s++) {
+                    FN(strip) strip = FN(mix64_strip)(w, group, chunk + b, s, first);
+                    VI lift = (BIAS - strip.zero) * 0x01010101;
+                    scale[b][s] = strip.scale;
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) codes[b][s][j] = FN(codes)(&strip, j) + lift;
+                }
+            }
+            for (int64_t begin = 0; begin < tokens; begin += EIGHT) {
+                int64_t at = EIGHT * ((m + begin) / EIGHT * w->blocks + chunk);
+                const int32_t *x = a->codes + 16 * at, *starts = a->starts + 4 * at;
+                const float *steps = a->scales + at;
+                VF sum[EIGHT] = {0};
+                for (int64_t b = 0; b < blocks; b++, x += 16 * EIGHT, starts += 4 * EIGHT, steps += EIGHT) {
+                    VF block[EIGHT] = {0};
+#pragma GCC unroll 4
+                    for (int s = 0; s < 4; s++) {
+#pragma GCC unroll 8
+                        for (int t = 0; t < EIGHT; t++) {
+                            VI dot = (VI){0} + starts[EIGHT * s + t];
+#pragma GCC unroll 4
+                            for (int j = 0; j < 4; j++) dot = FN(dot4)(dot, codes[b][s][j], x[EIGHT * (4 * s + j) + t]);
+                            block[t] += __builtin_convertvector(dot, VF) * scale[b][s];
+                        }
+                    }
+#pragma GCC unroll 8
+                    for (int t = 0; t < EIGHT; t++) sum[t] += block[t] * steps[t];
+                }
+#pragma GCC unroll 8
+                for (int t = 0; t < EIGHT; t++) *(FN(vf_mem) *)(y + (begin + t) * ROWS + first) += (FN(vf_mem))sum[t];
+            }
+        }
+    }
+}
+
 /* The same with activations [T, K] as they are. */
 INLINE void FN(mix64_float)(const mix64 *w, int64_t group, const float *x, int T, float *y) {
     int64_t k = w->blocks * 64;
     for (int first = 0; first < ROWS; first += LANES) {
-        VF sum[MOST_TOKENS] = {0};
+        VF sum[EIGHT] = {0};
         for (int64_t b = 0; b < w->blocks; b++) {
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 FN(strip) strip = FN(mix64_strip)(w, group, b, s, first);
-                VF part[MOST_TOKENS] = {0};
+                VF part[EIGHT] = {0};
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
                     VF code = FN(code)(&strip, i);
@@ -149,10 +202,11 @@ static TARGET void FN(mix64_rows)(const void *weight, int64_t group, const activ
     const mix64 *w = weight;
     const float *x = a->exact + m * w->blocks * 64;
     if (a->codes) {
-        if (tokens == 8) FN(mix64_int8)(w, group, a, m, 8, y);
-        else if (tokens == 4) FN(mix64_int8)(w, group, a, m, 4, y);
-        else if (tokens == 2) FN(mix64_int8)(w, group, a, m, 2, y);
-        else FN(mix64_int8)(w, group, a, m, 1, y);
+        if (a->together == EIGHT) FN(mix64_many)(w, group, a, m, tokens, y);
+        else if (tokens == 8) FN(mix64_few)(w, group, a, m, 8, y);
+        else if (tokens == 4) FN(mix64_few)(w, group, a, m, 4, y);
+        else if (tokens == 2) FN(mix64_few)(w, group, a, m, 2, y);
+        else FN(mix64_few)(w, group, a, m, 1, y);
     } else {
         if (tokens == 8) FN(mix64_float)(w, group, x, 8, y);
         else if (tokens == 4) FN(mix64_float)(w, group, x, 4, y);
@@ -194,7 +248,7 @@ INLINE VI FN(gptq_code)(const FN(unit) *u, int bits, int i) {
 }
 
 INLINE VF FN(gptq_zero)(const uint8_t *zeros) {
-    return __builtin_convertvector(__builtin_convertvector(LOAD(vu8_mem, zeros), VI), VF);
+    return __builtin_convertvector(FN(load_bytes)(zeros), VF);
 }
 
 /* y [T, ROWS] of one group of rows, the same two ways as above. */
@@ -204,12 +258,12 @@ INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t rows, const activatio
     int64_t groups = w->k / w->group_size;
     const int32_t *words = w->qweight + rows * (w->k * bits / 32) * ROWS;
     for (int first = 0; first < ROWS; first += LANES) {
-        VF sum[MOST_TOKENS] = {0};
+        VF sum[EIGHT] = {0};
         for (int64_t group = 0; group < groups; group++) {
             int64_t at = (rows * groups + group) * ROWS + first;
-            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[MOST_TOKENS] = {0};
+            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[EIGHT] = {0};
             for (int64_t b = group * per_group; b < (group + 1) * per_group; b++) {
-                VI dot[MOST_TOKENS] = {0};
+                VI dot[EIGHT] = {0};
                 for (int64_t unit = b * a->block / channels; unit < (b + 1) * a->block / channels; unit++) {
                     FN(unit) u = FN(gptq_unit)(words + first, bits, unit);
 #pragma GCC unroll 8
@@ -243,10 +297,10 @@ INLINE void FN(gptq_float)(const gptq *w, int bits, int64_t rows, const float *x
     int64_t groups = w->k / w->group_size;
     const int32_t *words = w->qweight + rows * (w->k * bits / 32) * ROWS;
     for (int first = 0; first < ROWS; first += LANES) {
-        VF sum[MOST_TOKENS] = {0};
+        VF sum[EIGHT] = {0};
         for (int64_t group = 0; group < groups; group++) {
             int64_t at = (rows * groups + group) * ROWS + first;
-            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[MOST_TOKENS] = {0};
+            VF scale = (VF)LOAD(vf_mem, w->scales + at), zero = FN(gptq_zero)(w->zeros + at), part[EIGHT] = {0};
             for (int64_t unit = group * per_group; unit < (group + 1) * per_group; unit++) {
                 FN(unit) u = FN(gptq_unit)(words + first, bits, unit);
 #pragma GCC unroll 32

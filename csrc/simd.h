@@ -2,8 +2,11 @@
    GNU C's vector arithmetic, which the compiler maps onto the target that TARGET names.
 
    LANES    32-bit numbers in a vector; 16 rows of a weight are 16 / LANES vectors
-   dot4     d + for each lane the sum over its four bytes of unsigned q (at most 15) times signed x
-   half     each lane rounded to float16, nearest even */
+   dot4     d + for each lane the sum over its four bytes of unsigned q (at most 18) times signed x
+   half     each lane rounded to float16, nearest even
+   largest, total   of all lanes
+   load_bytes, load_shorts, store_bytes   LANES unsigned numbers of 8 or 16 bits, signed ones of 8; GCC 12 would convert
+            them one by one, a fifth of a product with one token */
 
 #if ISA == 3
 #define LANES 16
@@ -28,8 +31,6 @@ typedef int32_t FN(vi) __attribute__((vector_size(4 * LANES)));
 typedef float FN(vf) __attribute__((vector_size(4 * LANES)));
 typedef int32_t FN(vi_mem) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float FN(vf_mem) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t FN(vu16_mem) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint8_t FN(vu8_mem) __attribute__((vector_size(LANES), aligned(1), may_alias));
 #define VI FN(vi)
 #define VF FN(vf)
 
@@ -37,7 +38,7 @@ typedef uint8_t FN(vu8_mem) __attribute__((vector_size(LANES), aligned(1), may_a
 INLINE VI FN(dot4)(VI d, VI q, int32_t x) { return (VI)_mm512_dpbusd_epi32((__m512i)d, (__m512i)q, _mm512_set1_epi32(x)); }
 #elif ISA == 2
 INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
-    __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi32(x)); /* at most 2 * 15 * 127: no saturation */
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi32(x)); /* at most 2 * 18 * 127: no saturation */
     return d + (VI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 #elif ISA == 1
@@ -60,5 +61,34 @@ INLINE VF FN(half)(VF v) { return (VF)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v,
 INLINE VF FN(half)(VF v) { /* below 2^-14 v, of float16 step and offset, is a multiple of float16's smallest number already */
     VI bits = (VI)v;
     return (VF)((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF);
+}
+#endif
+
+#if ISA >= 2
+INLINE int32_t FN(largest)(VI v) { return _mm512_reduce_max_epi32((__m512i)v); }
+INLINE int32_t FN(total)(VI v) { return _mm512_reduce_add_epi32((__m512i)v); }
+INLINE VI FN(load_bytes)(const uint8_t *p) { return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE VI FN(load_shorts)(const uint16_t *p) { return (VI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void FN(store_bytes)(int8_t *p, VI v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+#else
+INLINE int32_t FN(largest)(VI v) {
+    int32_t most = v[0];
+    for (int lane = 1; lane < LANES; lane++) most = v[lane] > most ? v[lane] : most;
+    return most;
+}
+INLINE int32_t FN(total)(VI v) {
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += v[lane];
+    return sum;
+}
+#if ISA == 1
+INLINE VI FN(load_bytes)(const uint8_t *p) { return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE VI FN(load_shorts)(const uint16_t *p) { return (VI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#else
+INLINE VI FN(load_bytes)(const uint8_t *p) { return (VI){p[0], p[1], p[2], p[3]}; }
+INLINE VI FN(load_shorts)(const uint16_t *p) { return (VI){p[0], p[1], p[2], p[3]}; }
+#endif
+INLINE void FN(store_bytes)(int8_t *p, VI v) {
+    for (int lane = 0; lane < LANES; lane++) p[lane] = (int8_t)v[lane];
 }
 #endif

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bitshard import kernels as registry
-from bitshard.bench import ggml, kernels
+from bitshard.bench import contenders, ggml, kernels
 from bitshard.bench.gpu_peers import Peer
 from bitshard.bench.kernels import KernelBench, bench_kernels
 from bitshard.bench.timing import cpu_seconds
@@ -28,7 +28,7 @@ SMALL = KernelBench(((64, 256), (80, 192)), (1, 5), (1, 2), 3)
 
 @pytest.fixture(autouse=True)
 def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MOST_COPIES", 2)
+    monkeypatch.setattr(contenders, "MOST_COPIES", 2)
 
 
 def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
 
 
 def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(kernels.MOST_ERROR, "int8", 1e-6)
+    monkeypatch.setitem(contenders.MOST_ERROR, "int8", 1e-6)
     report = bench_kernels(SMALL, tmp_path / "k.json")
     assert {row.kernel for row in report.rows} >= {"mix64 cpu", "torch float32"}
     assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 4
@@ -130,14 +130,14 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(PackedLinear, "arrange", arrange)
     monkeypatch.setattr(registry, "KERNELS", tuple(replace(k, missing=lambda: "") for k in registry.KERNELS))
     monkeypatch.setattr(kernels, "why_not_arranged", lambda device: "")
-    monkeypatch.setattr(kernels, "_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(contenders, "GPU", contenders.CPU)
     monkeypatch.setitem(registry.HOMES, "gpu", "cpu")
     monkeypatch.setattr(kernels, "capture", lambda call: call)
     monkeypatch.setattr(kernels, "cuda_seconds", cpu_seconds)
     monkeypatch.setattr(kernels, "MOST_ELEMENTS", 1 << 10)
     monkeypatch.setattr(kernels, "LEAST_CALLS", 3)
     monkeypatch.setattr(kernels, "AWAKE_SECONDS", 0)
-    monkeypatch.setattr(kernels, "peers", other_programs)
+    monkeypatch.setattr(contenders, "peers", other_programs)
     registry.choose.cache_clear()
     with pytest.raises(BenchError, match="no GPU that torch sees"):
         bench_kernels(KernelBench(device="cuda"))

@@ -9,44 +9,30 @@ in a row, so that the program does come from one: Python and torch that the othe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
-from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 
-from bitshard.bench import ggml, report
-from bitshard.bench.gpu_peers import peers
+from bitshard.bench import contenders, report
+from bitshard.bench.contenders import CHECKED_ROWS, Contender, said
 from bitshard.bench.timing import Call, Times, capture, cpu_seconds, cuda_seconds
 from bitshard.errors import BenchError, SpecError
-from bitshard.kernels import cpu, decode, why_not_arranged
-from bitshard.kernels.reference import dequantize
-from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
+from bitshard.kernels import why_not_arranged
 from bitshard.progress import Progress, silent
-from bitshard.spec import BLOCK, MixSpec, QuantSpec
+from bitshard.spec import BLOCK
 
-CPU = torch.device("cpu")
-STREAMED = 256 << 20  # bytes: eight times this machine's largest cache
-MOST_COPIES = 64
 MOST_ELEMENTS = 256 << 20  # float32, that are copied on a GPU; its product has as many entries
 IN_A_ROW = 8  # calls of one kernel on a processor, each with another copy
 LONG_SECONDS = 0.02  # of a call that needs no others
 LEAST_CALLS = 32  # of one graph
 AWAKE_SECONDS = 0.1  # of work before anything is timed
-OUTLIERS = 0.002  # of a matrix that has some: the least of the paper's
-CHECKED_ROWS = 64  # whose outputs are compared before anything is timed
-MOST_ERROR = {  # by what is rounded; some peers keep sums in float16 too
-    "float32": 1e-5, "float16": 2e-3, "bfloat16": 0.02, "int8": 0.02, "q2_K": 0.02, "peer": 5e-3,
-}  # fmt: skip
 Turn = Callable[[], float]  # some calls of one contender; seconds of one of them
 SHAPES = {  # (N, K) of one matrix: 7B and 70B models' on a GPU
     "cpu": ((4096, 4096), (4096, 11008), (8192, 28672)),
@@ -142,9 +128,9 @@ class KernelReport:
     def require_all(self) -> None:
         """Raises BenchError for all kernels that were not timed."""
         if self.refused:
-            said = "; ".join(f"{where}: {why}" for where, why in self.refused.items())
+            every = "; ".join(f"{where}: {why}" for where, why in self.refused.items())
             raise BenchError(
-                "bench kernels", f"{len(self.refused)} that were not timed: {said}",
+                "bench kernels", f"{len(self.refused)} that were not timed: {every}",
                 "kernels that run here and are right", "mend them, or compare the others: they were timed",
             )  # fmt: skip
 
@@ -209,12 +195,14 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
         for threads in config.threads:
             torch.set_num_threads(threads)
             floors[threads] = find_floors()
-        contenders: dict[tuple[int, int], list[_Contender]] = {}
+        found: dict[tuple[int, int], list[Contender]] = {}
         for left, (shape, m, threads) in zip(range(len(cases) - 1, -1, -1), progress(cases, "measuring"), strict=True):
             torch.set_num_threads(threads)
-            if shape not in contenders:
-                contenders = {shape: contend(*shape, refused)}  # one shape's weights in memory
-            fit = [contender for contender in contenders[shape] if m <= contender.most_tokens]
+            if shape not in found:
+                found.clear()  # one shape's weights in memory
+                found[shape], absent = contend(*shape)
+                refused |= absent
+            fit = [contender for contender in found[shape] if m <= contender.most_tokens]
             rows += _measure(fit, shape, m, threads, config, turn_of, refused)
             if out is not None:  # what has been measured stays, whatever ends the run
                 report.write_json(out, KernelReport(header, config, floors, rows, refused, left).to_dict())
@@ -234,98 +222,8 @@ def _floors() -> Floors:
     return Floors(values.nbytes / read, 2 * 2048**3 / multiply)
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """prepare(x, threads): a call for each copy of the matrix, and the first one's output once it has been called.
-
-    rounds: key of MOST_ERROR. W_RK: the rows of the matrix that are checked. most_tokens: with which it is measured.
-    """
-
-    name: str
-    rounds: str
-    nbytes: int
-    W_RK: torch.Tensor
-    prepare: Callable[[torch.Tensor, int], tuple[list[Call], Callable[[], torch.Tensor]]]
-    most_tokens: float = inf
-
-
-def _contenders(n: int, k: int, refused: dict[str, str]) -> list[_Contender]:
-    """Of a processor."""
-    found, both = [], (("cpu-int8", "int8"), ("cpu", "float32"))
-    for name, (linear, W_RK), backends in (
-        ("mix64", _random_mix64(n, k), both),
-        (f"mix64, {OUTLIERS:.1%} outliers,", _random_mix64(n, k, outliers=OUTLIERS), both[:1]),
-        ("gptq 4-bit", _random_gptq(n, k), both),
-    ):
-        nbytes, copies = _copied(linear)
-        for backend, rounds in backends:
-            found.append(_Contender(f"{name} {backend}", rounds, nbytes, W_RK, partial(_packed, copies, backend)))
-        if name == "mix64":
-            found.append(_Contender("mix64 C call", "int8", nbytes, W_RK, partial(_c_call, copies)))
-    W_NK = torch.randn(n, k)
-    for dtype in (torch.float32, torch.bfloat16):
-        weight, rounds = W_NK.to(dtype), str(dtype).removeprefix("torch.")
-        dense = [weight, *(weight.clone() for _ in range(_more(weight.nbytes)))]
-        rows = weight[:CHECKED_ROWS].float()
-        found.append(_Contender(f"torch {rounds}", rounds, weight.nbytes, rows, partial(_dense, dense)))
-    if ggml.libraries() is not None and k % ggml.BLOCK == 0:
-        q2 = ggml.Q2Linear(W_NK, 1 + _more(n * k // ggml.BLOCK * ggml.BLOCK_BYTES))
-        rows = q2.dequantize()[:CHECKED_ROWS]
-        found.append(_Contender("ggml q2_K", "q2_K", q2.nbytes, rows, partial(_ggml, q2)))
-    return found
-
-
-def _gpu_contenders(n: int, k: int, refused: dict[str, str]) -> list[_Contender]:
-    """Each kernel, the decode kernel with each asynchronous part switched off, torch in float16, other programs'."""
-    found, device = [], _gpu()
-    for name, (linear, W_RK), backends in (
-        ("mix64", _random_mix64(n, k, device), ("decode", "triton")),
-        (f"mix64, {OUTLIERS:.1%} outliers,", _random_mix64(n, k, device, OUTLIERS), ("decode",)),
-        ("gptq 4-bit", _random_gptq(n, k, device), ("triton",)),
-    ):
-        nbytes, copies = _copied(linear)
-        for backend in backends:
-            found.append(_Contender(f"{name} {backend}", "float16", nbytes, W_RK, partial(_packed, copies, backend)))
-        if name == "mix64":
-            for what, how, most in (("no ring", {"stages": 1}, inf), ("no prefetch of x", {"prefetch": 0}, 8)):
-                found.append(
-                    _Contender(f"{name} decode, {what}", "float16", nbytes, W_RK, partial(_decode, copies, how), most)
-                )
-    weight = torch.randn(n, k, dtype=torch.float16, device=device)
-    dense = [weight, *(weight.clone() for _ in range(_more(weight.nbytes)))]
-    rows = weight[:CHECKED_ROWS].float()
-    found.append(_Contender("torch float16", "float16", weight.nbytes, rows, partial(_dense, dense)))
-    for name, quantized in peers(weight, CHECKED_ROWS):
-        try:
-            peer = quantized()
-            others = [peer.copy() for _ in range(1 + _more(peer.nbytes))]
-        except Exception as error:  # other people's programs raise anything
-            refused[f"{name}, {n}x{k}"] = _said(error)
-        else:
-            found.append(_Contender(name, "peer", peer.nbytes, peer.W_RK, partial(_peer, others)))
-    return found
-
-
-def _gpu() -> torch.device:
-    return torch.device("cuda")
-
-
-def _more(nbytes: int) -> int:
-    return min(STREAMED // nbytes, MOST_COPIES - 1)
-
-
-def _copied(linear: PackedLinear) -> tuple[int, list[PackedLinear]]:
-    """Its bytes, and as many of it as are not in a cache when their turn comes."""
-    nbytes = sum(p.nbytes for p in linear.parameters())
-    return nbytes, [linear, *(deepcopy(linear) for _ in range(_more(nbytes)))]
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
 def _measure(
-    contenders: list[_Contender],
+    fit: list[Contender],
     shape: tuple[int, int],
     m: int,
     threads: int,
@@ -335,20 +233,22 @@ def _measure(
 ) -> list[KernelRow]:
     (n, k), x_MK = shape, torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
     if config.device == "cuda":
-        x_MK = x_MK.half().to(_gpu())
-    ready = list[tuple[_Contender, float, Turn]]()
-    for contender in contenders:
+        x_MK = x_MK.half().to(contenders.GPU)
+    ready = list[tuple[Contender, float, Turn]]()
+    for contender in fit:
         try:
             copies, output = contender.prepare(x_MK, threads)
             copies[0]()
             exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
-            error, most = float((found_MR - exact_MR).norm() / exact_MR.norm()), MOST_ERROR[contender.rounds]
-            why = "" if error <= most else f"error {error:.2g}, at most {most:g} allowed"
+            error = float((found_MR - exact_MR).norm() / exact_MR.norm())
+            why = (
+                "" if error <= contender.most_error else f"error {error:.2g}, at most {contender.most_error:g} allowed"
+            )
             # two kernels may share copies: one must not find in a cache what the other has just read
-            start = len(ready) * len(copies) // len(contenders)
+            start = len(ready) * len(copies) // len(fit)
             turn = turn_of([*copies[start:], *copies[:start]])
         except Exception as problem:  # other people's programs raise anything
-            why = _said(problem)
+            why = said(problem)
         if why:
             refused[f"{contender.name}, {n}x{k}, M={m}, {threads} threads"] = why
         else:
@@ -399,113 +299,17 @@ def _call_all(calls: Iterable[Call]) -> None:
 
 def _gpu_floors() -> Floors:
     side = int(MOST_ELEMENTS**0.5)
-    source, square = torch.ones(MOST_ELEMENTS, device=_gpu()), torch.randn(side, side, device=_gpu()).half()
+    source, square = (
+        torch.ones(MOST_ELEMENTS, device=contenders.GPU),
+        torch.randn(side, side, device=contenders.GPU).half(),
+    )
     target = torch.empty_like(source)
     copy = min(cuda_seconds(lambda: target.copy_(source)) for _ in range(10))
     multiply = min(cuda_seconds(lambda: square @ square) for _ in range(10))
     return Floors(2 * source.nbytes / copy, 2 * side**3 / multiply)
 
 
-def _decode(copies: Sequence[PackedLinear], how: dict[str, int], x_MK: torch.Tensor, threads: int) -> Any:
-    """The decode kernel as a variant that the layer never asks for."""
-
-    def multiply(linear: PackedLinear) -> torch.Tensor:
-        scales2 = linear.get_parameter("scales2")
-        return decode.mix64_linear(x_MK, linear.qweight, scales2, (), linear.rows, MixSpec().widths.count(4), **how)
-
-    return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
-
-
-def _packed(copies: Sequence[PackedLinear], backend: str, x_MK: torch.Tensor, threads: int) -> Any:
-    def multiply(linear: PackedLinear) -> torch.Tensor:
-        linear.backend = backend
-        y_MN: torch.Tensor = linear(x_MK)
-        return y_MN
-
-    return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
-
-
-def _c_call(copies: Sequence[PackedLinear], x_MK: torch.Tensor, threads: int) -> Any:
-    """`cpu-int8` as ggml's kernel is called, without a layer and torch's dispatcher around it."""
-    library, y_MN = cpu.library(), x_MK.new_empty(len(x_MK), copies[0].rows)
-    assert library is not None
-
-    def multiply(weight: Any) -> None:
-        how = 1, True, cpu.instruction_set(), threads
-        library.bitshard_mix64_side_by_side(x_MK.data_ptr(), y_MN.data_ptr(), len(x_MK), weight, *how)
-
-    wide = MixSpec().widths.count(4)
-    fields = (cpu.mix64_fields(x_MK, c.qweight, c.get_parameter("scales2"), (), c.rows, wide) for c in copies)
-    return [partial(multiply, cpu.array_of(weight)) for weight in fields], lambda: y_MN
-
-
-def _peer(copies: Sequence[Callable[[torch.Tensor], torch.Tensor]], x_MK: torch.Tensor, threads: int) -> Any:
-    calls = [partial(multiply, x_MK) for multiply in copies]
-    return calls, calls[0]
-
-
-def _dense(copies: list[torch.Tensor], x_MK: torch.Tensor, threads: int) -> Any:
-    calls = [partial(F.linear, x_MK.to(weight.dtype), weight) for weight in copies]
-    return calls, calls[0]
-
-
-def _ggml(linear: ggml.Q2Linear, x_MK: torch.Tensor, threads: int) -> Any:
-    calls, y_MN = linear.prepare(x_MK, threads)
-    return calls, lambda: y_MN
-
-
-def _random_mix64(
-    n: int, k: int, device: torch.device = CPU, outliers: float = 0.0
-) -> tuple[Mix64Linear, torch.Tensor]:
-    """A layer of random codes of the default spec, and its first rows. outliers: their share, as many in each row."""
-    spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator(device).manual_seed(0)
-    blocks, tiles = spec.blocks(k), spec.tiles(n)
-
-    def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        bounds = torch.iinfo(dtype)
-        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator, device=device)
-
-    tensors = {
-        "qweight": integers(torch.int32, n, 4 * blocks),
-        "qextra": integers(torch.int32, n, blocks * spec.extra_words),
-        "qscales": integers(torch.int16, n, blocks),
-        "qzeros": integers(torch.uint8, n, blocks),
-        "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator, device=device) * 1e-3).half(),
-    }
-    if outliers:
-        count = max(1, round(k * outliers))
-        apart_NC = torch.randint(k // count, (n, count), generator=generator, device=device)
-        columns_NC = apart_NC + k // count * torch.arange(count, device=device)
-        tensors["outlier_rows"] = count * torch.arange(n + 1, dtype=torch.int32, device=device)
-        tensors["outlier_columns"] = columns_NC.flatten().to(Mix64Layout.dtypes["outlier_columns"])
-        tensors["outlier_values"] = torch.randn(n * count, generator=generator, device=device).mul_(0.05).half()
-    linear = Mix64Linear(k, n, spec)
-    linear.replace(**tensors)
-    linear.arrange()
-    rows = layout.cut_columns(tensors, spec, [(0, min(n, CHECKED_ROWS))])
-    return linear, layout.decode(rows, spec, k).dequantize()
-
-
-def _random_gptq(n: int, k: int, device: torch.device = CPU) -> tuple[QuantLinear, torch.Tensor]:
-    group_size = 128 if k % 128 == 0 else 64
-    spec, generator = QuantSpec(4, group_size), torch.Generator(device).manual_seed(0)
-    words, groups = k * spec.bits // 32, k // group_size
-    linear = QuantLinear(k, n, spec, GptqLayout(2), False, torch.float32)
-    linear.g_idx = None
-    words_CN = torch.randint(
-        -(1 << 31), (1 << 31) - 1, (words, n), dtype=torch.int32, generator=generator, device=device
-    )
-    linear.replace(
-        qweight=words_CN,
-        qzeros=torch.full((groups, n * spec.bits // 32), -0x77777778, dtype=torch.int32, device=device),  # 8 everywhere
-        scales=torch.rand(groups, n, generator=generator, device=device) * 1e-2,
-    )
-    W_KN = dequantize(linear.qweight, linear.scales, linear.qzeros, None, spec.bits, 2, torch.float32)
-    linear.arrange()
-    return linear, W_KN[:, :CHECKED_ROWS].T.contiguous()
-
-
 _OF_DEVICE = {
-    "cpu": (_contenders, _processor_turn, _floors),
-    "cuda": (_gpu_contenders, _gpu_turn, _gpu_floors),
+    "cpu": (contenders.of_processor, _processor_turn, _floors),
+    "cuda": (contenders.of_gpu, _gpu_turn, _gpu_floors),
 }

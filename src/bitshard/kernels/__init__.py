@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 Arrangement = Literal["file", "cpu", "gpu"]
 HALVES = (torch.float16, torch.bfloat16)
-MOST_INT8_TOKENS = 64  # above that a model reads rather than writes, and all of it is worth being exact
 
 
 @cache
@@ -73,7 +72,7 @@ class Kernel:
 
 
 KERNELS = (  # in order of preference
-    Kernel("cpu-int8", ("cpu",), cpu.missing, most_tokens=MOST_INT8_TOKENS, exact=False),
+    Kernel("cpu-int8", ("cpu",), cpu.missing, exact=False),
     Kernel("cpu", ("cpu",), cpu.missing),
     Kernel("decode", ("gpu",), decode.missing, ("mix64",), HALVES, decode.MOST_TOKENS),
     Kernel("triton", ("gpu",), why_not_triton),
