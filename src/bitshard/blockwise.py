@@ -5,6 +5,7 @@ Shape legend: S segments of L tokens, H hidden channels.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -96,7 +97,11 @@ class BlockwiseModel:
         self._load(self._blocks[layer], tensors, f"{self.arch.blocks}.{layer}.")
 
     def unload(self, layer: int) -> None:
+        """Give up a block's weights, and what memory the C library has kept of all that was freed since the last."""
         self._blocks[layer].to("meta")
+        # between tensors of a few MB that come and go it keeps 80 MB more with every block of Qwen2.5-Coder-1.5B
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)
 
     def linear(self, layer: int, name: str) -> nn.Linear:
         """A matrix of a block by its checkpoint name below the block."""
