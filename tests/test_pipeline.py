@@ -1,5 +1,6 @@
 """quantize: every architecture, any kill point, odd sizes, and a trained model that stays as good as it was."""
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -47,6 +48,24 @@ def digest(folder: Path) -> dict[str, str]:
 
 def hf_model(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_memory_goes_back_after_every_block(tmp_path: Path) -> None:
+    """What was freed between things that are kept, which the C library would keep for itself."""
+
+    def anonymous() -> int:
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+    checkpoint = Checkpoint.open(random_model(tmp_path / "m", "llama"))
+    model = BlockwiseModel(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
+    model.unload(0)
+    tensors = [torch.ones(1 << 14) for _ in range(2000)]  # 64 kB each
+    kept = tensors[::100]
+    del tensors
+    before = anonymous()
+    model.unload(0)
+    assert before - anonymous() > 1900 << 16 and len(kept) == 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -336,8 +336,7 @@ def plan(
         notes.append(f"{len(report.gathered)} row matrices want their input in another order; {cure}")
     facts = ", ".join(f"{name} {value}" for name, value in report.spec.facts().items())
     counted = f"{report.average_bits:.2f} bits with scales and zeros; embeddings not counted"
-    title = f"{report.model}: {report.layers} blocks, {facts}, {counted}"
-    _emit(report, as_json, title, _plan_table(report), *notes)
+    _emit(report, as_json, f"{model}: {report.layers} blocks, {facts}", counted, _plan_table(report), *notes)
 
 
 def _plan_table(report: ModelPlan) -> Table:

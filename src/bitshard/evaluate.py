@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, SpecError
 from bitshard.integrations.transformers import load, require_tokens
 from bitshard.progress import Progress, silent
@@ -142,7 +143,9 @@ def evaluate(
     Raises SpecError for options that cannot be met and for a reference with another vocabulary, and CheckpointError for
     files that cannot be read, models that predict nothing and tasks that cannot be had.
     """
-    task_set = None if tasks is None else load_tasks(tasks)  # what is refused is refused before a model is loaded
+    # what is refused is refused before a model is loaded, and a folder without one before its tokenizer is missed
+    Checkpoint.open(path)
+    task_set = None if tasks is None else load_tasks(tasks)
     windows, tokenizer, against = None, None, None
     if text is not None:
         content, tokenizer, against = read_text(text.file, "--text"), load_tokenizer(path), text.against
