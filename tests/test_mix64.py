@@ -293,7 +293,7 @@ def test_slices_put_together_are_the_matrix(spec: MixSpec, ranks: int) -> None:
     tensors, W_NK = LAYOUT.pack(weight), weight.dequantize()
     rows, columns = torch.zeros(n, 0), torch.zeros(n, k)
     for rank in range(ranks):
-        local = LAYOUT.unpack("m", LAYOUT.cut_rows(tensors, rank, ranks), spec, (k // ranks, n))
+        local = LAYOUT.unpack("m", LAYOUT.cut_rows(tensors, spec, rank, ranks), spec, (k // ranks, n))
         rows = torch.cat([rows, local.dequantize()], dim=1)
         ranges = [(part * n // 2 + rank * tile, part * n // 2 + (rank + 1) * tile) for part in range(2)]
         local = LAYOUT.unpack("m", LAYOUT.cut_columns(tensors, spec, ranges), spec, (k, 2 * tile))

@@ -154,6 +154,34 @@ class GptqLayout:
         qzeros = pack(zeros_GN, bits, dim=1)
         return (qzeros.long() - _ones(bits)).to(torch.int32) if self.zeros_version == 1 else qzeros
 
+    def cut_columns(
+        self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, ranges: Sequence[tuple[int, int]]
+    ) -> dict[str, torch.Tensor]:
+        """The output channels [start, stop) of `ranges`, whole words of zeros each."""
+        cut = {}
+        for suffix, tensor in tensors.items():
+            bits = spec.bits if suffix == "qzeros" else WORD_BITS  # how much of a word one channel takes
+            parts = [tensor[..., a * bits // WORD_BITS : b * bits // WORD_BITS] for a, b in ranges]
+            cut[suffix] = tensor if suffix == "g_idx" else torch.cat(parts, -1)
+        return cut
+
+    def cut_rows(
+        self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, rank: int, size: int
+    ) -> dict[str, torch.Tensor]:
+        """One rank's input channels, `size` ranks holding as many each; its own scales, or all if gathered."""
+        cut, gathered = dict(tensors), self.is_gathered(tensors, spec)
+        for suffix in ("qweight", "g_idx") if gathered else ("qweight", "qzeros", "scales"):
+            if suffix in cut and len(cut[suffix]) > 1:
+                cut[suffix] = tensors[suffix].chunk(size)[rank].contiguous()
+        if not gathered:
+            cut.pop("g_idx", None)
+        return cut
+
+    def is_gathered(self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec) -> bool:
+        """Whether the order asks for the input in another one."""
+        g_idx = tensors.get("g_idx")
+        return g_idx is not None and not torch.equal(g_idx, trivial_g_idx(len(g_idx), spec.group(len(g_idx))))
+
     def permute_rows(self, qweight: torch.Tensor, bits: int, perm_K: torch.Tensor) -> torch.Tensor:
         """Packed rows in another order, `perm[new] = old`, without the other tensors."""
         return pack(unpack(qweight, bits, dim=0)[perm_K], bits, dim=0)
@@ -345,7 +373,13 @@ class Mix64Layout:
             cut |= _outlier_tensors(outliers, local[outliers.rows()], outliers.columns, len(rows))
         return cut
 
-    def cut_rows(self, tensors: Mapping[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
+    def is_gathered(self, tensors: Mapping[str, torch.Tensor], spec: MixSpec) -> bool:
+        """Whether the strips ask for the input in another order."""
+        return "strip_order" in tensors
+
+    def cut_rows(
+        self, tensors: Mapping[str, torch.Tensor], spec: MixSpec, rank: int, size: int
+    ) -> dict[str, torch.Tensor]:
         """One rank's blocks of input channels, `size` ranks holding as many each; no `strip_order`."""
         cut = {
             suffix: tensor.chunk(size, dim=1)[rank].contiguous() if tensor.dim() > 1 else tensor

@@ -294,7 +294,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             if columns:
                 tensors = layout.cut_columns(tensors, spec, columns)
             elif linear and size > 1:
-                tensors = layout.cut_rows(tensors, dist.get_rank(), size)
+                tensors = layout.cut_rows(tensors, spec, dist.get_rank(), size)
         else:
             tensors = self.checkpoint.matrix_columns(name, columns)
             tensors |= {suffix: t.to(self.dtype) for suffix, t in tensors.items() if t.is_floating_point()}

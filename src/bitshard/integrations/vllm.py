@@ -1,0 +1,210 @@
+"""Quantized checkpoints in vLLM: our modules for its linear layers, fused or not, under its tensor parallelism.
+
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. From then on it knows
+the quantization method `bitshard`, which `mix64` checkpoints name; GPTQ ones, act_order or not, are run by
+`quantization="bitshard"`. Its loaders hand over a matrix's tensors one by one; when all are there, this rank's slice of
+them becomes a module of nn.py. A fused layer (qkv_proj, gate_up_proj) has one for each of its matrices, as these may
+have other fractions of 4-bit strips. Private names of vLLM are used in this file alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.utils import set_weight_attrs
+
+from bitshard.errors import FormatError, PlanError
+from bitshard.kernels import require_backend
+from bitshard.layout import Layout
+from bitshard.models import Architecture, architecture, block_linears, shapes
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
+from bitshard.quantconfig import QuantConfig, parse_quant_config
+from bitshard.spec import STRIP, WORD_BITS, MixSpec, QuantSpec
+
+BACKEND = "BITSHARD_BACKEND"  # environment: a name of kernels.BACKENDS
+SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the matrices in qkv_proj
+
+
+def register() -> None:
+    """The entry point. That this module was imported has registered the method, however often this is called."""
+
+
+@register_quantization_config("bitshard")
+class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
+    """What a checkpoint's config.json says of its quantization, and which of vLLM's layers that is about."""
+
+    def __init__(self, quantization: QuantConfig) -> None:
+        super().__init__()
+        self.quantization = quantization
+        self.backend = os.environ.get(BACKEND, "auto")
+        require_backend(self.backend)
+        self.arch: Architecture | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BitshardConfig:
+        return cls(parse_quant_config(config, "config.json"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """GPTQ where `quantization="bitshard"` asks for it: vLLM has refused act_order since 0.30."""
+        return "bitshard" if user_quant == "bitshard" and hf_quant_cfg.get("quant_method") == "gptq" else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        config = hf_config.get_text_config().to_dict()
+        self.arch = architecture(config, f"{model_name}, config.json")
+        self.sizes = shapes(self.arch, config, f"{model_name}, config.json")
+        if self.sizes.experts:
+            raise PlanError(
+                model_name, "a mixture of experts", "dense MLPs", "run it with transformers: bitshard generate"
+            )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, own = prefix.rpartition(".")
+        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
+        specs = {name: spec for name in names if self._is_ours(name) and (spec := self.quantization.spec_of(name))}
+        if len(specs) < len(names):
+            if specs:
+                raise PlanError(
+                    prefix, "16-bit and quantized matrices in one layer", "one of the two", "quantize all, or none"
+                )
+            return UnquantizedLinearMethod()
+        return BitshardLinearMethod(self.quantization.layout, specs, self.backend)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether low-bit formats quantize this matrix: of a block, and no router."""
+        assert self.arch is not None
+        below = name.removeprefix(f"{self.arch.blocks}.").partition(".")[2]
+        return below in {linear.name for linear in block_linears(self.arch, self.sizes)}
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Keeps g_idx, which vLLM's own methods do without."""
+        return WeightsMapper()
+
+    def get_name(self) -> str:
+        return "bitshard"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+
+class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """The matrices of one layer: what vLLM's loaders give of them is cut and becomes a PackedLinear each."""
+
+    def __init__(self, layout: Layout, specs: Mapping[str, QuantSpec | MixSpec], backend: str) -> None:
+        self.layout: Any = layout  # either kind cuts the tensors of its own spec
+        self.specs, self.backend = specs, backend
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        layer.loaded = [dict[str, torch.Tensor]() for _ in self.specs]
+        for suffix in self._suffixes:
+            # empty: how large a matrix's tensors are, and which it has, only the file says
+            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": partial(_keep, layer, suffix)})
+            layer.register_parameter(suffix, parameter)
+
+    @property
+    def _suffixes(self) -> list[str]:
+        """Of the tensors that are ours to load; a bias is vLLM's."""
+        return [suffix for suffix in self.layout.suffixes if suffix != "bias"]
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        device, parts = layer.qweight.device, list[PackedLinear]()
+        for index, (name, spec) in enumerate(self.specs.items()):
+            tensors = self._cut(layer, index, name, spec)
+            parts.append(
+                self._linear(spec, {suffix: t.to(device) for suffix, t in tensors.items()}, layer.params_dtype)
+            )
+        for suffix in self._suffixes:
+            delattr(layer, suffix)
+        del layer.loaded
+        layer.perm = hoist_gather(parts)  # one gather of what they all read
+        layer.parts = nn.ModuleList(parts)
+
+    def _cut(self, layer: Any, index: int, name: str, spec: Any) -> dict[str, torch.Tensor]:
+        """This rank's slice of one of the layer's matrices. Raises PlanError where a cut would split something."""
+        tensors, size, rank, layout = layer.loaded[index], layer.tp_size, layer.tp_rank, self.layout
+        if "qweight" not in tensors:
+            raise FormatError(f"{name}.qweight", "no such tensor", "one for each matrix", "get the files again")
+        if isinstance(layer, RowParallelLinear):
+            _require(name, layer.input_size, size, *spec.row_cut(layer.input_size, layout.is_gathered(tensors, spec)))
+            return dict(layout.cut_rows(tensors, spec, rank, size)) if size > 1 else tensors
+        if size == 1 or not isinstance(layer, ColumnParallelLinear):
+            return cast(dict[str, torch.Tensor], tensors)
+        width = layer.output_partition_sizes[index]
+        replicas = layer.num_kv_head_replicas if index and isinstance(layer, QKVParallelLinear) else 1
+        _require(name, width * size // replicas, size // replicas, *spec.column_cut(width * size // replicas))
+        return dict(layout.cut_columns(tensors, spec, [(rank // replicas * width, (rank // replicas + 1) * width)]))
+
+    def _linear(self, spec: QuantSpec | MixSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PackedLinear:
+        linear: PackedLinear
+        if isinstance(spec, MixSpec):
+            n, strips = tensors["qweight"].shape
+            linear = Mix64Linear(strips * STRIP, n, spec)
+            linear.replace(**tensors)
+        else:
+            words, n = tensors["qweight"].shape
+            linear = QuantLinear(words * WORD_BITS // spec.bits, n, spec, self.layout, False, dtype)
+            linear.replace(**{"g_idx": None, **tensors, "scales": tensors["scales"].to(dtype)})
+            linear.order_rows()
+        linear.backend = self.backend
+        if self.backend != "reference":
+            linear.arrange()
+        return linear
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if layer.perm is not None:
+            x = x[..., layer.perm]
+        outputs = [part(x) for part in layer.parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return y if bias is None else y + bias
+
+
+def _keep(layer: Any, suffix: str, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+    """vLLM's loaders call it with a whole tensor of one matrix; shard: which of a fused layer's."""
+    layer.loaded[SHARDS.get(shard, shard) or 0][suffix] = loaded
+
+
+def _require(name: str, channels: int, size: int, unit: int, what: str) -> None:
+    if channels % size or channels // size % unit:
+        raise PlanError(
+            name, f"tensor_parallel_size {size}: {channels} channels / {size} splits {what}",
+            "the degrees that `bitshard plan` lists", "choose one of these",
+        )  # fmt: skip
