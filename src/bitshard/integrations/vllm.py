@@ -9,6 +9,7 @@ have other fractions of 4-bit strips. Private names of vLLM are used in this fil
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -35,9 +36,12 @@ from bitshard.layout import Layout
 from bitshard.models import Architecture, architecture, block_linears, shapes
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
 from bitshard.quantconfig import QuantConfig, parse_quant_config
-from bitshard.spec import STRIP, WORD_BITS, MixSpec, QuantSpec
+from bitshard.spec import MixSpec, QuantSpec
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "BITSHARD_BACKEND"  # environment: a name of kernels.BACKENDS
+reported = set[str]()  # why plain torch runs matrices
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the matrices in qkv_proj
 
 
@@ -80,7 +84,9 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
         if not isinstance(layer, LinearBase):
             return None
         parent, _, own = prefix.rpartition(".")
-        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
+        fused = self.packed_modules_mapping.get(own, [own])
+        # a layer that vLLM thinks of as several matrices may be one in the file
+        names = [prefix] if self._is_ours(prefix) else [f"{parent}.{name}" for name in fused]
         specs = {name: spec for name in names if self._is_ours(name) and (spec := self.quantization.spec_of(name))}
         if len(specs) < len(names):
             if specs:
@@ -148,10 +154,8 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         device, parts = layer.qweight.device, list[PackedLinear]()
         for index, (name, spec) in enumerate(self.specs.items()):
-            tensors = self._cut(layer, index, name, spec)
-            parts.append(
-                self._linear(spec, {suffix: t.to(device) for suffix, t in tensors.items()}, layer.params_dtype)
-            )
+            tensors = {suffix: t.to(device) for suffix, t in self._cut(layer, index, name, spec).items()}
+            parts.append(self._linear(layer, spec, tensors))
         for suffix in self._suffixes:
             delattr(layer, suffix)
         del layer.loaded
@@ -168,25 +172,33 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return dict(layout.cut_rows(tensors, spec, rank, size)) if size > 1 else tensors
         if size == 1 or not isinstance(layer, ColumnParallelLinear):
             return cast(dict[str, torch.Tensor], tensors)
-        width = layer.output_partition_sizes[index]
-        replicas = layer.num_kv_head_replicas if index and isinstance(layer, QKVParallelLinear) else 1
-        _require(name, width * size // replicas, size // replicas, *spec.column_cut(width * size // replicas))
-        return dict(layout.cut_columns(tensors, spec, [(rank // replicas * width, (rank // replicas + 1) * width)]))
+        ranges, start = list[tuple[int, int]](), 0
+        for part, width in enumerate(layer.output_partition_sizes):
+            if len(self.specs) > 1 and part != index:
+                continue  # another matrix
+            # KV heads that are fewer than ranks are on several
+            replicas = layer.num_kv_head_replicas if part and isinstance(layer, QKVParallelLinear) else 1
+            whole = width * size // replicas
+            _require(name, whole, size // replicas, *spec.column_cut(whole))
+            ranges.append((start + rank // replicas * width, start + (rank // replicas + 1) * width))
+            start += whole
+        return dict(layout.cut_columns(tensors, spec, ranges))
 
-    def _linear(self, spec: QuantSpec | MixSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PackedLinear:
+    def _linear(self, layer: Any, spec: QuantSpec | MixSpec, tensors: dict[str, torch.Tensor]) -> PackedLinear:
         linear: PackedLinear
         if isinstance(spec, MixSpec):
-            n, strips = tensors["qweight"].shape
-            linear = Mix64Linear(strips * STRIP, n, spec)
+            linear = Mix64Linear(layer.input_size, len(tensors["qweight"]), spec)
             linear.replace(**tensors)
         else:
-            words, n = tensors["qweight"].shape
-            linear = QuantLinear(words * WORD_BITS // spec.bits, n, spec, self.layout, False, dtype)
-            linear.replace(**{"g_idx": None, **tensors, "scales": tensors["scales"].to(dtype)})
+            n = tensors["qweight"].shape[1]
+            linear = QuantLinear(layer.input_size, n, spec, self.layout, False, layer.params_dtype)
+            linear.replace(**{"g_idx": None, **tensors, "scales": tensors["scales"].to(layer.params_dtype)})
             linear.order_rows()
         linear.backend = self.backend
         if self.backend != "reference":
             linear.arrange()
+            if linear.arrangement == "file":
+                _report(layer.prefix, linear.why_slow())
         return linear
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -200,6 +212,13 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
 def _keep(layer: Any, suffix: str, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
     """vLLM's loaders call it with a whole tensor of one matrix; shard: which of a fused layer's."""
     layer.loaded[SHARDS.get(shard, shard) or 0][suffix] = loaded
+
+
+def _report(prefix: str, why: str) -> None:
+    """Once for each cause."""
+    if why not in reported:
+        reported.add(why)
+        logger.warning("plain torch runs matrices, those of %s first: %s", prefix, why)
 
 
 def _require(name: str, channels: int, size: int, unit: int, what: str) -> None:
