@@ -22,13 +22,13 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
         float largest, inverse;
         memcpy(&largest, &most_bits, sizeof(float));
         inverse = largest > 0x1p-120f ? 127 / largest : 0; /* of less it would not be finite */
-        /* NaN where an activation is not finite, which no code could say */
+        int32_t finite = -(most_bits < 0x7F800000); /* a mask; the scale is NaN where an activation is not, which no code could say */
         int64_t at = (first * blocks + b) * together; /* where the eight's part of the block begins, if it is one */
-        a->scales[at + lane] = most_bits < 0x7F800000 ? largest / 127 : NAN;
+        a->scales[at + lane] = finite ? largest / 127 : NAN;
         for (int64_t i = 0; i < spans; i++) {
             VI sum = {0};
             for (int64_t j = i * a->span; j < (i + 1) * a->span; j += LANES) {
-                VI code = (VI)(LOAD(vf_mem, x + j) * inverse + to_integer) - (VI)to_integer;
+                VI code = ((VI)(LOAD(vf_mem, x + j) * inverse + to_integer) - (VI)to_integer) & finite;
                 FN(store_bytes)(natural + j, code);
                 sum += code;
             }

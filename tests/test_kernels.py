@@ -279,7 +279,9 @@ def test_compiled_without_a_break() -> None:
         assert torch.equal(torch.compile(linear, fullgraph=True, backend="eager")(x), linear(x))
 
 
-@pytest.mark.parametrize(("tokens", "backend"), [(1, "auto"), (70, "exact"), (3, "reference")])
+@pytest.mark.parametrize(
+    ("tokens", "backend"), [(1, "auto"), (13, "auto"), (70, "auto"), (70, "exact"), (3, "reference")]
+)
 def test_matrices_that_read_the_same_become_one_call(
     tokens: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

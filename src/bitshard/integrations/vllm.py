@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
-from bitshard.errors import FormatError, PlanError
+from bitshard.errors import PlanError
 from bitshard.kernels import require_backend
 from bitshard.layout import Layout
 from bitshard.models import Architecture, architecture, block_linears, shapes
@@ -119,7 +119,7 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []
+        return ["quantize_config.json"]  # of older quantizers, which have no section in config.json
 
 
 class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -152,6 +152,8 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return [suffix for suffix in self.layout.suffixes if suffix != "bias"]
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if not hasattr(layer, "loaded"):
+            raise PlanError(layer.prefix, "weights that come again", "one loading", "make the LLM anew")
         device, parts = layer.qweight.device, list[PackedLinear]()
         for index, (name, spec) in enumerate(self.specs.items()):
             tensors = {suffix: t.to(device) for suffix, t in self._cut(layer, index, name, spec).items()}
@@ -159,14 +161,13 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for suffix in self._suffixes:
             delattr(layer, suffix)
         del layer.loaded
-        layer.perm = hoist_gather(parts)  # one gather of what they all read
+        layer.register_buffer("perm", hoist_gather(parts), persistent=False)  # one gather of what they all read
         layer.parts = nn.ModuleList(parts)
 
     def _cut(self, layer: Any, index: int, name: str, spec: Any) -> dict[str, torch.Tensor]:
         """This rank's slice of one of the layer's matrices. Raises PlanError where a cut would split something."""
         tensors, size, rank, layout = layer.loaded[index], layer.tp_size, layer.tp_rank, self.layout
-        if "qweight" not in tensors:
-            raise FormatError(f"{name}.qweight", "no such tensor", "one for each matrix", "get the files again")
+        layout.check(name, tensors, spec)  # C reads what the shapes promise
         if isinstance(layer, RowParallelLinear):
             _require(name, layer.input_size, size, *spec.row_cut(layer.input_size, layout.is_gathered(tensors, spec)))
             return dict(layout.cut_rows(tensors, spec, rank, size)) if size > 1 else tensors
@@ -211,7 +212,7 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 def _keep(layer: Any, suffix: str, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
     """vLLM's loaders call it with a whole tensor of one matrix; shard: which of a fused layer's."""
-    layer.loaded[SHARDS.get(shard, shard) or 0][suffix] = loaded
+    layer.loaded[SHARDS.get(shard, shard) or 0][suffix] = loaded.cpu()  # where they are checked and cut
 
 
 def _report(prefix: str, why: str) -> None:
