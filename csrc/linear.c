@@ -168,7 +168,7 @@ static int multiply(kernel *run, int64_t most, int eights, factor *factors, int 
                 for (int64_t group = 0; group < (f->n + ROWS - 1) / ROWS; group++) {
                     int64_t first = group * ROWS, rows = f->n - first < ROWS ? f->n - first : ROWS;
                     for (int64_t m = panel, step; m < end; m += step) {
-                        _Alignas(64) float out[PANEL * ROWS]; /* a line for each token: what crosses one is slow to be read again */
+                        float out[PANEL * ROWS];
                         for (step = most; step > end - m;) step /= 2;
                         if (eights) step = end - m;
                         run(f->weight, group, &f->a, m, eights ? (step + EIGHT - 1) / EIGHT * EIGHT : step, out);

@@ -240,10 +240,8 @@ def _measure(
             copies, output = contender.prepare(x_MK, threads)
             copies[0]()
             exact_MR, found_MR = x_MK.float() @ contender.W_RK.T, output()[:, :CHECKED_ROWS].float()
-            error = float((found_MR - exact_MR).norm() / exact_MR.norm())
-            why = (
-                "" if error <= contender.most_error else f"error {error:.2g}, at most {contender.most_error:g} allowed"
-            )
+            error, most = float((found_MR - exact_MR).norm() / exact_MR.norm()), contender.most_error
+            why = "" if error <= most else f"error {error:.2g}, at most {most:g} allowed"
             # two kernels may share copies: one must not find in a cache what the other has just read
             start = len(ready) * len(copies) // len(fit)
             turn = turn_of([*copies[start:], *copies[:start]])
@@ -298,11 +296,8 @@ def _call_all(calls: Iterable[Call]) -> None:
 
 
 def _gpu_floors() -> Floors:
-    side = int(MOST_ELEMENTS**0.5)
-    source, square = (
-        torch.ones(MOST_ELEMENTS, device=contenders.GPU),
-        torch.randn(side, side, device=contenders.GPU).half(),
-    )
+    side, device = int(MOST_ELEMENTS**0.5), contenders.GPU
+    source, square = torch.ones(MOST_ELEMENTS, device=device), torch.randn(side, side, device=device).half()
     target = torch.empty_like(source)
     copy = min(cuda_seconds(lambda: target.copy_(source)) for _ in range(10))
     multiply = min(cuda_seconds(lambda: square @ square) for _ in range(10))

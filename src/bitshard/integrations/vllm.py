@@ -33,7 +33,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from bitshard.errors import PlanError
 from bitshard.kernels import require_backend
 from bitshard.layout import Layout
-from bitshard.models import Architecture, architecture, block_linears, shapes
+from bitshard.models import architecture, block_linears, shapes
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import MixSpec, QuantSpec
@@ -58,7 +58,6 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
         self.quantization = quantization
         self.backend = os.environ.get(BACKEND, "auto")
         require_backend(self.backend)
-        self.arch: Architecture | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BitshardConfig:
@@ -72,13 +71,13 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
         return "bitshard" if user_quant == "bitshard" and hf_quant_cfg.get("quant_method") == "gptq" else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        config = hf_config.get_text_config().to_dict()
-        self.arch = architecture(config, f"{model_name}, config.json")
-        self.sizes = shapes(self.arch, config, f"{model_name}, config.json")
-        if self.sizes.experts:
-            raise PlanError(
-                model_name, "a mixture of experts", "dense MLPs", "run it with transformers: bitshard generate"
-            )
+        config, where = hf_config.get_text_config().to_dict(), f"{model_name}, config.json"
+        arch = architecture(config, where)
+        sizes = shapes(arch, config, where)
+        refused = {"a mixture of experts": sizes.experts, "q, k and v in one matrix": arch.attention.fused}
+        for found in (what for what, so in refused.items() if so):
+            raise PlanError(model_name, found, "other models", "run it with transformers: `bitshard generate`")
+        self.blocks, self.linears = arch.blocks, {linear.name for linear in block_linears(arch, sizes)}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
@@ -98,9 +97,7 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _is_ours(self, name: str) -> bool:
         """Whether low-bit formats quantize this matrix: of a block, and no router."""
-        assert self.arch is not None
-        below = name.removeprefix(f"{self.arch.blocks}.").partition(".")[2]
-        return below in {linear.name for linear in block_linears(self.arch, self.sizes)}
+        return name.removeprefix(f"{self.blocks}.").partition(".")[2] in self.linears
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
