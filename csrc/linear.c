@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 16, TILE = 64, EIGHT = 8, MANY = 13, PANEL = 64, CHUNK = 8, AHEAD = 8 };
+enum { ROWS = 16, TILE = 64, EIGHT = 8, PAIR = 2, MANY = 13, PANEL = 64, CHUNK = 8, AHEAD = 8 };
 enum { BIAS = 9 }; /* the largest zero of mix64: a code less its zero, plus this, is not negative */
 
 typedef struct {
@@ -127,12 +127,14 @@ typedef struct {
 } factor;
 
 /* y [M, sum of n] = x times the matrices, side by side, one or more of the same K; a group of rows and at most `most`
-   tokens at a time, or, of MANY, a panel if the kernel takes any eights. quantize: NULL for activations as they are. */
+   tokens at a time, or, of MANY, PAIR groups and a panel if the kernel takes any eights. quantize: NULL for activations
+   as they are. */
 static int multiply(kernel *run, int64_t most, int eights, factor *factors, int count, quantizer *quantize, float *y,
                     int64_t tokens, int threads) {
     int64_t stride = 0, k = factors->a.k, blocks = k / factors->a.block, spans = k / factors->a.span;
     for (int f = 0; f < count; f++) stride += factors[f].n;
     eights = eights && tokens >= MANY; /* 12 are faster as 8 and 4 than filled up to 16 */
+    int64_t height = eights ? PAIR * ROWS : ROWS; /* rows at a time */
     int64_t filled = eights ? (tokens + EIGHT - 1) / EIGHT * EIGHT : tokens; /* with tokens that are 0 */
     int32_t *codes = NULL, *starts = NULL;
     float *scales = NULL;
@@ -165,15 +167,15 @@ static int multiply(kernel *run, int64_t most, int eights, factor *factors, int 
             for (int64_t panel = 0; panel < tokens; panel += PANEL) {
                 int64_t end = tokens - panel < PANEL ? tokens : panel + PANEL;
 #pragma omp for schedule(static) nowait
-                for (int64_t group = 0; group < (f->n + ROWS - 1) / ROWS; group++) {
-                    int64_t first = group * ROWS, rows = f->n - first < ROWS ? f->n - first : ROWS;
+                for (int64_t first = 0; first < f->n; first += height) {
+                    int64_t rows = f->n - first < height ? f->n - first : height;
                     for (int64_t m = panel, step; m < end; m += step) {
-                        float out[PANEL * ROWS];
+                        float out[PANEL * PAIR * ROWS];
                         for (step = most; step > end - m;) step /= 2;
                         if (eights) step = end - m;
-                        run(f->weight, group, &f->a, m, eights ? (step + EIGHT - 1) / EIGHT * EIGHT : step, out);
+                        run(f->weight, first / ROWS, &f->a, m, eights ? (step + EIGHT - 1) / EIGHT * EIGHT : step, out);
                         for (int64_t t = 0; t < step; t++)
-                            memcpy(columns + (m + t) * stride + first, out + t * ROWS, rows * sizeof(float));
+                            memcpy(columns + (m + t) * stride + first, out + t * height, rows * sizeof(float));
                     }
                     if (f->outliers && f->outliers->outlier_rows)
                         for (int64_t row = first; row < first + rows; row++)

@@ -9,12 +9,12 @@
 static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits) {
     int8_t natural[64], eighth[64];
     const VF to_integer = (VF){0} + 0x1.8p23f; /* added, leaves a small number's nearest integer in the low bits */
-    int64_t together = a->together, first = m / together, lane = m % together, blocks = a->k / a->block;
-    int64_t spans = a->block / a->span;
+    const int64_t together = a->together, block = a->block, span = a->span; /* copies, which no store of a code could change */
+    int64_t first = m / together, lane = m % together, blocks = a->k / block, spans = block / span;
     for (int64_t b = 0; b < blocks; b++) {
-        const float *x = a->exact + m * a->k + b * a->block;
+        const float *x = a->exact + m * a->k + b * block;
         VI most = {0}; /* magnitudes order as their bits do, and what is not finite comes last */
-        for (int64_t i = 0; i < a->block; i += LANES) {
+        for (int64_t i = 0; i < block; i += LANES) {
             VI magnitude = (VI)LOAD(vf_mem, x + i) & 0x7FFFFFFF, more = magnitude > most;
             most = (magnitude & more) | (most & ~more);
         }
@@ -27,7 +27,7 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
         a->scales[at + lane] = finite ? largest / 127 : NAN;
         for (int64_t i = 0; i < spans; i++) {
             VI sum = {0};
-            for (int64_t j = i * a->span; j < (i + 1) * a->span; j += LANES) {
+            for (int64_t j = i * span; j < (i + 1) * span; j += LANES) {
                 VI code = ((VI)(LOAD(vf_mem, x + j) * inverse + to_integer) - (VI)to_integer) & finite;
                 FN(store_bytes)(natural + j, code);
                 sum += code;
@@ -36,10 +36,10 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
             a->sums[at * spans + i * together + lane] = (float)total;
             a->starts[at * spans + i * together + lane] = -BIAS * total;
         }
-        int32_t *codes = a->codes + at * a->block / 4 + lane;
+        int32_t *codes = a->codes + at * block / 4 + lane;
         int8_t *laid = together == 1 ? (int8_t *)codes : eighth;
-        for (int64_t i = 0, step; i < a->block; i += step) {
-            int width = bits[(b * a->block + i) / 16 % 4];
+        for (int64_t i = 0, step; i < block; i += step) {
+            int width = bits[(b * block + i) / 16 % 4];
             step = width == 3 ? 32 : 16;
             if (width == 3)
                 for (int64_t j = 0; j < step; j++) laid[i + j] = natural[i + orders[width][j]];
@@ -47,8 +47,9 @@ static TARGET void FN(quantize)(const activations *a, int64_t m, const int *bits
                 *(bytes_mem *)(laid + i) =
                     __builtin_shuffle((bytes)*(const bytes_mem *)(natural + i), (bytes)*(const bytes_mem *)orders[width]);
         }
-        for (int64_t i = 0; i < a->block / 4 && together > 1; i++)
-            memcpy(codes + i * together, laid + 4 * i, sizeof(int32_t));
+        if (together > 1)
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < block / 4; i++) memcpy(codes + i * together, laid + 4 * i, sizeof(int32_t));
     }
 }
 
@@ -113,7 +114,7 @@ INLINE void FN(mix64_few)(const mix64 *w, int64_t group, const activations *a, i
                     int64_t at = ((m + t) * w->blocks + b) * 4 + s;
                     VI dot = {0};
 #pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) dot = FN(dot4)(dot, codes[j], a->codes[4 * at + j]);
+                    for (int j = 0; j < 4; j++) dot = FN(dot4_at)(dot, codes[j], a->codes + 4 * at + j);
                     block[t] += __builtin_convertvector(dot, VF) * strip.scale;
                     block[t] -= offset * a->sums[at];
                 }
@@ -126,48 +127,64 @@ INLINE void FN(mix64_few)(const mix64 *w, int64_t group, const activations *a, i
     }
 }
 
-/* The same of any eights of tokens, for which CHUNK blocks at a time are unpacked once, into the first cache. Codes have
-   their zeros taken off, so that no product is spent on these; BIAS keeps them from being negative. */
-INLINE void FN(mix64_many)(const mix64 *w, int64_t group, const activations *a, int64_t m, int64_t tokens, float *y) {
+/* y [T, PAIR * ROWS], the same of any eights of tokens and of one or two groups of rows, which share what is read of the
+   activations. CHUNK blocks at a time are unpacked once, into the first cache. Codes have their zeros taken off, so that
+   no product is spent on these; BIAS keeps them from being negative. */
+INLINE void FN(mix64_many)(const mix64 *w, int64_t group, int groups, const activations *a, int64_t m, int64_t tokens, float *y) {
+    memset(y, 0, tokens * PAIR * ROWS * sizeof(float));
     for (int first = 0; first < ROWS; first += LANES) {
-        for (int64_t t = 0; t < tokens; t++) *(FN(vf_mem) *)(y + t * ROWS + first) = (FN(vf_mem)){0};
         for (int64_t chunk = 0; chunk < w->blocks; chunk += CHUNK) {
             int64_t blocks = w->blocks - chunk < CHUNK ? w->blocks - chunk : CHUNK;
-            VI codes[CHUNK][4][4];
-            VF scale[CHUNK][4];
-            for (int64_t b = 0; b < blocks; b++) {
-                FN(mix64_prefetch)(w, group * w->blocks + chunk + b + AHEAD);
+            VI codes[CHUNK][4][PAIR][4];
+            VF scale[CHUNK][4][PAIR];
+            for (int g = 0; g < groups; g++) {
+                for (int64_t b = 0; b < blocks; b++) {
+                    FN(mix64_prefetch)(w, (group + g) * w->blocks + chunk + b + AHEAD);
 #pragma GCC unroll 4
-                for (int s = 0; s < 4; s++) {
-                    FN(strip) strip = FN(mix64_strip)(w, group, chunk + b, s, first);
-                    VI lift = (BIAS - strip.zero) * 0x01010101;
-                    scale[b][s] = strip.scale;
+                    for (int s = 0; s < 4; s++) {
+                        FN(strip) strip = FN(mix64_strip)(w, group + g, chunk + b, s, first);
+                        VI lift = (BIAS - strip.zero) * 0x01010101;
+                        scale[b][s][g] = strip.scale;
 #pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) codes[b][s][j] = FN(codes)(&strip, j) + lift;
+                        for (int j = 0; j < 4; j++) codes[b][s][g][j] = FN(codes)(&strip, j) + lift;
+                    }
                 }
             }
             for (int64_t begin = 0; begin < tokens; begin += EIGHT) {
                 int64_t at = EIGHT * ((m + begin) / EIGHT * w->blocks + chunk);
                 const int32_t *x = a->codes + 16 * at, *starts = a->starts + 4 * at;
                 const float *steps = a->scales + at;
-                VF sum[EIGHT] = {0};
+                VF sum[EIGHT][PAIR] = {0};
                 for (int64_t b = 0; b < blocks; b++, x += 16 * EIGHT, starts += 4 * EIGHT, steps += EIGHT) {
-                    VF block[EIGHT] = {0};
+                    VF block[EIGHT][PAIR] = {0};
 #pragma GCC unroll 4
                     for (int s = 0; s < 4; s++) {
 #pragma GCC unroll 8
                         for (int t = 0; t < EIGHT; t++) {
-                            VI dot = (VI){0} + starts[EIGHT * s + t];
+                            VI dot[PAIR];
+#pragma GCC unroll 2
+                            for (int g = 0; g < groups; g++) dot[g] = (VI){0} + starts[EIGHT * s + t];
 #pragma GCC unroll 4
-                            for (int j = 0; j < 4; j++) dot = FN(dot4)(dot, codes[b][s][j], x[EIGHT * (4 * s + j) + t]);
-                            block[t] += __builtin_convertvector(dot, VF) * scale[b][s];
+                            for (int j = 0; j < 4; j++) {
+                                VI four = (VI){0} + x[EIGHT * (4 * s + j) + t];
+#pragma GCC unroll 2
+                                for (int g = 0; g < groups; g++) dot[g] = FN(dot4)(dot[g], codes[b][s][g][j], four);
+                            }
+#pragma GCC unroll 2
+                            for (int g = 0; g < groups; g++)
+                                block[t][g] += __builtin_convertvector(dot[g], VF) * scale[b][s][g];
                         }
                     }
 #pragma GCC unroll 8
-                    for (int t = 0; t < EIGHT; t++) sum[t] += block[t] * steps[t];
+                    for (int t = 0; t < EIGHT; t++)
+#pragma GCC unroll 2
+                        for (int g = 0; g < groups; g++) sum[t][g] += block[t][g] * steps[t];
                 }
 #pragma GCC unroll 8
-                for (int t = 0; t < EIGHT; t++) *(FN(vf_mem) *)(y + (begin + t) * ROWS + first) += (FN(vf_mem))sum[t];
+                for (int t = 0; t < EIGHT; t++)
+#pragma GCC unroll 2
+                    for (int g = 0; g < groups; g++)
+                        *(FN(vf_mem) *)(y + ((begin + t) * PAIR + g) * ROWS + first) += (FN(vf_mem))sum[t][g];
             }
         }
     }
@@ -202,7 +219,8 @@ static TARGET void FN(mix64_rows)(const void *weight, int64_t group, const activ
     const mix64 *w = weight;
     const float *x = a->exact + m * w->blocks * 64;
     if (a->codes) {
-        if (a->together == EIGHT) FN(mix64_many)(w, group, a, m, tokens, y);
+        if (a->together == EIGHT && (group + 1) * ROWS < w->n) FN(mix64_many)(w, group, 2, a, m, tokens, y);
+        else if (a->together == EIGHT) FN(mix64_many)(w, group, 1, a, m, tokens, y);
         else if (tokens == 8) FN(mix64_few)(w, group, a, m, 8, y);
         else if (tokens == 4) FN(mix64_few)(w, group, a, m, 4, y);
         else if (tokens == 2) FN(mix64_few)(w, group, a, m, 2, y);
@@ -272,8 +290,8 @@ INLINE void FN(gptq_int8)(const gptq *w, int bits, int64_t rows, const activatio
 #pragma GCC unroll 4
                         for (int t = 0; t < T; t++) {
                             const int32_t *x = a->codes + ((m + t) * w->k + unit * channels) / 4;
-                            if (bits == 8 && j) dot[t] += FN(dot4)((VI){0}, codes, x[0]) << 4;
-                            else dot[t] = FN(dot4)(dot[t], codes, x[j]);
+                            if (bits == 8 && j) dot[t] += FN(dot4_at)((VI){0}, codes, x) << 4;
+                            else dot[t] = FN(dot4_at)(dot[t], codes, x + j);
                         }
                     }
                 }

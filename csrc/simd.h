@@ -3,6 +3,7 @@
 
    LANES    32-bit numbers in a vector; 16 rows of a weight are 16 / LANES vectors
    dot4     d + for each lane the sum over its four bytes of unsigned q (at most 18) times signed x
+   dot4_at  the same with one x, in memory, for all lanes
    half     each lane rounded to float16, nearest even
    largest, total   of all lanes
    load_bytes, load_shorts, store_bytes   LANES unsigned numbers of 8 or 16 bits, signed ones of 8; GCC 12 would convert
@@ -35,22 +36,29 @@ typedef float FN(vf_mem) __attribute__((vector_size(4 * LANES), aligned(4), may_
 #define VF FN(vf)
 
 #if ISA == 3
-INLINE VI FN(dot4)(VI d, VI q, int32_t x) { return (VI)_mm512_dpbusd_epi32((__m512i)d, (__m512i)q, _mm512_set1_epi32(x)); }
-#elif ISA == 2
-INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
-    __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi32(x)); /* at most 2 * 18 * 127: no saturation */
+INLINE VI FN(dot4)(VI d, VI q, VI x) { return (VI)_mm512_dpbusd_epi32((__m512i)d, (__m512i)q, (__m512i)x); }
+INLINE VI FN(dot4_at)(VI d, VI q, const int32_t *x) { /* GCC 12 makes two instructions of it, 4 to 8 % with 1 to 8 tokens */
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(d) : "v"(q), "m"(*x));
+    return d;
+}
+#else
+#if ISA == 2
+INLINE VI FN(dot4)(VI d, VI q, VI x) {
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)q, (__m512i)x); /* at most 2 * 18 * 127: no saturation */
     return d + (VI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 #elif ISA == 1
-INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)q, _mm256_set1_epi32(x));
+INLINE VI FN(dot4)(VI d, VI q, VI x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)q, (__m256i)x);
     return d + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #else
-INLINE VI FN(dot4)(VI d, VI q, int32_t x) {
-    for (int byte = 0; byte < 4; byte++) d += ((q >> (8 * byte)) & 255) * (int32_t)(int8_t)(x >> (8 * byte));
+INLINE VI FN(dot4)(VI d, VI q, VI x) {
+    for (int shift = 0; shift < 32; shift += 8) d += ((q >> shift) & 255) * ((x << (24 - shift)) >> 24);
     return d;
 }
+#endif
+INLINE VI FN(dot4_at)(VI d, VI q, const int32_t *x) { return FN(dot4)(d, q, (VI){0} + *x); }
 #endif
 
 #if ISA >= 2
