@@ -14,7 +14,8 @@ import torch
 from alter import Change, config, content, tensors, without
 from bitshard.checkpoint import REPORT, Checkpoint
 from bitshard.errors import FormatError, PlanError
-from bitshard.integrations.transformers import load, require_degree
+from bitshard.integrations.transformers import load
+from bitshard.integrations.transformers_parallel import require_degree
 from bitshard.kernels import why_not_arranged
 from bitshard.layout import FORMAT_VERSION, GptqLayout, Mix64Layout
 from bitshard.models import Shapes

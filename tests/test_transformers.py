@@ -11,7 +11,8 @@ from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
 from bitshard.errors import PlanError
 from bitshard.generate import GenerateOptions, generate
-from bitshard.integrations.transformers import load, require_degree
+from bitshard.integrations.transformers import load
+from bitshard.integrations.transformers_parallel import require_degree
 from bitshard.kernels import cpu
 from bitshard.nn import QuantLinear
 from bitshard.parallel import STRATEGIES, Strategy, count_collectives, launch

@@ -1,5 +1,6 @@
 """bitshard: low-bit language models, ordered so that tensor parallelism costs nothing at run time."""
 
+import bitshard_autoload  # noqa: F401  transformers knows our checkpoints from here on
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
 from bitshard.spec import QuantSpec
 

@@ -23,7 +23,7 @@ from bitshard.models import Architecture, Linear, Shapes, architecture, block_li
 from bitshard.plan import TPPlan
 from bitshard.quantconfig import QuantConfig, check_version, parse_quant_config
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
+from bitshard.spec import MixSpec, QuantSpec
 
 INDEX = "model.safetensors.index.json"
 REPORT = "quantization_report.json"  # what quantizing left behind, matrix by matrix
@@ -210,28 +210,6 @@ class Checkpoint:
         """A quantized matrix's tensors by suffix."""
         names = [f"{module}.{suffix}" for suffix in self.layout.suffixes if f"{module}.{suffix}" in self.files]
         return {name.rpartition(".")[2]: tensor for name, tensor in self.read(names).items()}
-
-    def matrix_columns(self, module: str, ranges: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Slices of a GPTQ matrix's tensors by suffix: the output channels of `ranges`, nothing else is read.
-
-        Ranges [start, stop) begin and end between packed words, as TPPlan makes them.
-        """
-        spec = self.spec_of(module)
-        assert isinstance(spec, QuantSpec)
-        tensors = {}
-        for suffix in GptqLayout.suffixes:
-            name = f"{module}.{suffix}"
-            if name not in self.files:
-                continue
-            with _opened(self.files[name]) as file:
-                whole = file.get_slice(name)
-                if suffix == "g_idx":
-                    tensors[suffix] = whole[:]
-                    continue
-                bits = spec.bits if suffix == "qzeros" else WORD_BITS  # how much of a word one channel takes
-                places = [slice(a * bits // WORD_BITS, b * bits // WORD_BITS) for a, b in ranges]
-                tensors[suffix] = torch.cat([whole[p] if suffix == "bias" else whole[:, p] for p in places], dim=-1)
-        return tensors
 
     def weight(self, module: str) -> QuantizedWeight | MixedWeight:
         """A quantized matrix as a logical value, fully checked."""

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, SpecError
-from bitshard.integrations.transformers import load, require_degree, require_tokens
+from bitshard.integrations.transformers import load, require_tokens
+from bitshard.integrations.transformers_parallel import require_degree
 from bitshard.kernels import require_backend
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
 from bitshard.sources import load_tokenizer

@@ -11,7 +11,7 @@ from torch import nn
 
 from bitshard.bitpack import pack, packed_length
 from bitshard.errors import SpecError
-from bitshard.kernels import Arrangement, choose, gptq_linear, mix64_linear, why_not_arranged
+from bitshard.kernels import Arrangement, choose, differentiable, gptq_linear, mix64_linear, why_not_arranged
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.quantized import trivial_g_idx
 from bitshard.records import gptq_rows, mix64_lanes, mix64_rows, why_not_read
@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
 
     # transformers' tensor parallelism then runs forward on local tensors and does the all-reduce and bias outside
     _hf_quantized_needs_local_tp = True
-    cut: str  # how a tensor-parallel slice is taken; see integrations.transformers
+    cut = "plain"  # how a tensor-parallel slice is taken; see integrations.transformers
     qweight: nn.Parameter
     rows_dim: int  # of qweight, as the file has it
     layout_name: str
@@ -123,7 +123,6 @@ class QuantLinear(PackedLinear):
         self.register_buffer("perm", None, persistent=False)
         # order of all K input channels, on ranks that sort before the cut
         self.register_buffer("sorted_perm", None, persistent=False)
-        self.cut = "plain"
 
     @property
     def columns(self) -> int:
@@ -178,7 +177,8 @@ class QuantLinear(PackedLinear):
         if self.perm is not None:
             x = x[..., self.perm]
         how = self.spec.bits, self.layout.zeros_version, self.arrangement, self.backend
-        y: torch.Tensor = gptq_linear(x, self.qweight, self.scales, self.qzeros, self.g_idx, self.rows, *how)
+        rest = self.qweight, self.scales, self.qzeros, self.g_idx, self.rows, *how
+        y: torch.Tensor = differentiable(gptq_linear, x, *rest) if x.requires_grad else gptq_linear(x, *rest)
         return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
@@ -212,7 +212,6 @@ def eight_bit(dense: nn.Linear) -> QuantLinear:
 class Mix64Linear(PackedLinear):
     """A linear layer over `mix64` tensors; empty until `replace` gives it a matrix's, or a rank's slice of them."""
 
-    cut = "ours"
     rows_dim, layout_name = 0, Mix64Layout.name
     spec: MixSpec
     why_irregular = "scales that float16 would round twice"
@@ -246,7 +245,8 @@ class Mix64Linear(PackedLinear):
         metadata = [own[suffix] for suffix in Mix64Layout.metadata[spec.metadata] if own[suffix] is not None]
         outliers = [] if own["outlier_rows"] is None else [own[suffix] for suffix in Mix64Layout.outliers]
         how = spec.bits, spec.fraction_4bit, spec.metadata, self.arrangement, self.backend
-        y: torch.Tensor = mix64_linear(x, own["qweight"], own["qextra"], metadata, outliers, rows, *how)
+        rest = own["qweight"], own["qextra"], metadata, outliers, rows, *how
+        y: torch.Tensor = differentiable(mix64_linear, x, *rest) if x.requires_grad else mix64_linear(x, *rest)
         return y if own["bias"] is None else y.add_(own["bias"])
 
     def extra_repr(self) -> str:

@@ -1,48 +1,45 @@
-"""Quantized checkpoints in transformers: our modules for nn.Linear, run by transformers' own tensor parallelism.
+"""Quantized checkpoints in transformers: our modules for nn.Linear, under its own loading and tensor parallelism.
 
-transformers reads each rank's slice of every tensor from disk through DTensor placements; the styles below say which
-slice of `qweight`, `qzeros`, `scales`, `g_idx` and `bias` that is, for column- and row-parallel matrices. What no
-placement describes, `mix64` among it, is read and cut here. A style's hooks then surround the module's forward. Private
-names of transformers are used in this file alone.
+`AutoModelForCausalLM.from_pretrained` finds a `mix64` checkpoint's method in its config.json; GPTQ ones are ours with
+`quantization_config=BitshardConfig()`. transformers then reads the packed tensors as it does any others, each rank its
+slices of them (transformers_parallel.py); what its placements cannot describe is read and cut here. Private names of
+transformers are used in these two files alone.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import (
-    ALL_PARALLEL_STYLES,
-    ColwiseParallel,
-    RowwiseParallel,
-)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
+from bitshard.integrations.transformers_parallel import require_degree, tp_plan
 from bitshard.kernels import require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.models import mlp_paths
+from bitshard.mixed import MixedWeight
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
-from bitshard.parallel import Strategy, gather_permute_chunk
-from bitshard.plan import TPPlan
+from bitshard.parallel import Strategy
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
+
+BACKEND = "BITSHARD_BACKEND"  # environment: a name of kernels.BACKENDS
 
 
 def load(
@@ -58,16 +55,12 @@ def load(
     on a CPU and the checkpoint's own elsewhere. backend: see kernels. Raises PlanError when the degree or the strategy
     does not fit, and FormatError or CheckpointError when the files do not hold all of a model that transformers knows.
     """
-    require_backend(backend)
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.quantization is not None:
-        checkpoint.check_matrices()
-    config = load_config(path)
+    checkpoint, config = Checkpoint.open(path), load_config(path)
     if dtype is None:
         dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
     if checkpoint.quantization is not None:
-        config.quantization_config = BitshardConfig(str(path), tp_size, strategy, backend).to_dict()
+        kwargs["quantization_config"] = BitshardConfig(backend, strategy)
     if tp_size > 1:
         require_degree(checkpoint.plan(), tp_size, strategy)
         kwargs["distributed_config"] = DistributedConfig(tp_size=tp_size, tp_plan="auto")
@@ -130,66 +123,61 @@ def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> No
         raise SpecError("length", f"{length} tokens", f"{longest}, the model's longest", "ask for less")
 
 
-def require_degree(plan: TPPlan, tp_size: int, strategy: Strategy) -> None:
-    """Raise PlanError unless this strategy can run this model on `tp_size` ranks."""
-    irregular = frozenset(name for name in plan.gathered if isinstance(plan.spec_of(name), QuantSpec))
-    mlp_rows = [name for name in sorted(irregular) if not name.endswith(plan.arch.attention.row)]
-    if strategy == "tp-aware" and mlp_rows:
-        raise PlanError(
-            mlp_rows[0],
-            "an irregular g_idx",
-            "consecutive groups for strategy tp-aware",
-            "run `bitshard convert` first, or choose strategy local-sort",
-        )
-    if strategy == "naive":  # sorted before it is cut, so the cut must fall between groups everywhere
-        plan = replace(plan, gathered=plan.gathered - irregular)
-    plan.require(tp_size)
-
-
-def _tp_plan(plan: TPPlan) -> dict[str, str]:
-    """transformers' tensor-parallel plan: module name with `*` for numbers -> style.
-
-    It takes the place of the model's own, which also cuts lm_head and so gathers the logits of every token.
-    """
-    arch, prefix = plan.arch, f"{plan.arch.blocks}.*."
-    styles: dict[str, str] = {}
-    for name in arch.attention.column:
-        styles[prefix + name] = "bitshard_column"
-    styles[prefix + arch.attention.row] = "bitshard_row"
-    for columns, row in mlp_paths(arch, plan.sizes)[:1]:
-        for column in columns:
-            styles[prefix + column.replace(".0.", ".*.")] = "bitshard_column"
-        styles[prefix + row.replace(".0.", ".*.")] = "bitshard_partial_row" if arch.mlp.experts else "bitshard_row"
-    if arch.mlp.experts:
-        styles[prefix + arch.mlp.experts.removesuffix(".{e}")] = "moe_tp_experts"
-    return {arch.module_name(name): style for name, style in styles.items()}
-
-
 @register_quantization_config("bitshard")
 class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How to run a checkpoint: where it is, on how many ranks, with which strategy and kernel."""
+    """How to run a quantized checkpoint: `from_pretrained(..., quantization_config=BitshardConfig(...))`.
 
-    def __init__(
-        self, path: str, tp_size: int = 1, strategy: Strategy = "tp-aware", backend: str = "exact", **_: Any
-    ) -> None:
+    GPTQ checkpoints, act_order too, are then ours to run; `mix64` ones name the method themselves. backend: see
+    kernels; by default what BITSHARD_BACKEND in the environment says, or "exact". strategy: see parallel. section:
+    what config.json says of the quantization, which a model that is saved says again.
+    """
+
+    def __init__(self, backend: str | None = None, strategy: Strategy = "tp-aware", **section: Any) -> None:
         self.quant_method = "bitshard"
-        self.path, self.tp_size, self.strategy, self.backend = path, tp_size, strategy, backend
+        self.backend, self.strategy, self.section = backend or os.environ.get(BACKEND, "exact"), strategy, section
+        require_backend(self.backend)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.section)
+
+    @classmethod
+    def merged(cls, section: dict[str, Any] | QuantizationConfigMixin, given: Any) -> Any:
+        """Of a checkpoint's config and what `from_pretrained` was given, what counts: ours, of whatever method.
+
+        transformers would take the checkpoint's, or refuse two of different classes, and has no way to say otherwise.
+        """
+        if not isinstance(given, cls):
+            return merge_quantization_configs(section, given)
+        given.section = section if isinstance(section, dict) else section.to_dict()
+        return given
+
+
+merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
+AutoHfQuantizer.merge_quantization_configs = BitshardConfig.merged
 
 
 @register_quantizer("bitshard")
 class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps modules before the weights are read, and puts rows, slices and gathers in order after."""
 
-    requires_calibration = True
-
     def __init__(self, quantization_config: BitshardConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.checkpoint = Checkpoint.open(Path(quantization_config.path))
-        self.plan = self.checkpoint.plan()
-        self.linears = {name: linear for i in range(self.plan.sizes.layers) for name, linear in self.plan.linears(i)}
+        # older GPTQ files say nothing in config.json, which transformers takes for a model yet to be quantized
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+        self.hooks = list[RemovableHandle]()
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        arch, self.dtype = self.plan.arch, kwargs.get("dtype") or model.dtype
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "disk" in devices:
+            raise PlanError(
+                "device_map", "modules on disk", "processors and GPUs", "leave out max_memory, or use more devices"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        with torch.device("cpu"):  # not transformers' meta device
+            self._open(model, checkpoint_files or ())
+        arch, self.dtype = self.plan.arch, model.dtype
         modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         with torch.device("meta"):
@@ -202,7 +190,22 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                     ignored.add(re.escape(module_name))
                 parent._is_hf_initialized = True  # else GPT-BigCode's initialiser looks for a dense weight in it
         model._keys_to_ignore_on_load_unexpected = ignored
-        model.tp_plan = _tp_plan(self.plan)
+        model.tp_plan = tp_plan(self.plan)
+
+    def _open(self, model: PreTrainedModel, files: Sequence[str]) -> None:
+        """The checkpoint that these files are, checked, and on how many ranks it will run."""
+        if not files or not files[0].endswith(".safetensors"):
+            found = f"weights in {Path(files[0]).name}" if files else "no files of weights"
+            raise CheckpointError(model.config.name_or_path, found, "safetensors", "load the checkpoint by its name")
+        self.checkpoint = Checkpoint.open(Path(files[0]).parent)
+        self.checkpoint.check_matrices()
+        self.quantization_config.section = self.quantization_config.section or self.checkpoint.quantized.to_json()
+        self.plan = self.checkpoint.plan()
+        self.linears = {name: linear for i in range(self.plan.sizes.layers) for name, linear in self.plan.linears(i)}
+        distributed = getattr(model.config, "distributed_config", None)
+        self.tp_size = distributed.tp_size if distributed else 1
+        if self.tp_size > 1:
+            require_degree(self.plan, self.tp_size, self.quantization_config.strategy)
 
     def _replace_experts(self, model: nn.Module, layer: int) -> None:
         arch, sizes = self.plan.arch, self.plan.sizes
@@ -219,19 +222,30 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _quant_linear(self, name: str) -> PackedLinear:
         spec, layout = self.checkpoint.spec_of(name), self.checkpoint.layout
-        shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
         if isinstance(spec, MixSpec):
-            n, strips = shapes[f"{name}.qweight"]
-            k, _ = self.checkpoint.size_of(name) or (strips * STRIP, n)
-            return Mix64Linear(k, n, spec)
+            return self._mix64_linear(name, spec)
         assert isinstance(spec, QuantSpec) and isinstance(layout, GptqLayout)
+        shapes = self.checkpoint.shapes([f"{name}.g_idx", f"{name}.qweight", f"{name}.bias"])
         words, n = shapes[f"{name}.qweight"]
         linear = QuantLinear(words * 32 // spec.bits, n, spec, layout, f"{name}.bias" in shapes, self.dtype)
         if f"{name}.g_idx" not in shapes:
             linear.g_idx = None
-        linear.cut = self._cut(name) if self.quantization_config.tp_size > 1 else "plain"
+        linear.cut = self._cut(name) if self.tp_size > 1 else "plain"
         if linear.cut == "ours":
             linear.leave_out()
+        return linear
+
+    def _mix64_linear(self, name: str, spec: MixSpec) -> Mix64Linear:
+        """Empty where a rank's slice is cut here, else with tensors like the file's for transformers to read."""
+        shapes = self.checkpoint.shapes(f"{name}.{suffix}" for suffix in Mix64Layout.suffixes)
+        n, strips = shapes[f"{name}.qweight"]
+        k, _ = self.checkpoint.size_of(name) or (strips * STRIP, n)
+        linear = Mix64Linear(k, n, spec)
+        linear.cut = "ours" if self.tp_size > 1 else "plain"
+        if linear.cut == "plain":
+            for full_name, shape in shapes.items():
+                suffix = full_name.rpartition(".")[2]
+                linear.replace(**{suffix: torch.empty(shape, dtype=Mix64Layout.dtypes.get(suffix, self.dtype))})
         return linear
 
     def _cut(self, name: str) -> str:
@@ -248,7 +262,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             return "parts" if parts > 1 and below in self.plan.arch.mlp.column else "plain"
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
         slow = defaultdict[str, list[str]](list)
         for module_name, name in names.items():
@@ -256,11 +270,11 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             assert isinstance(linear, PackedLinear)
             _to_local(linear)
             if linear.cut == "ours":
-                linear.replace(**self._own_tensors(name))
+                linear.replace(**self._own_tensors(model, name))
             if isinstance(linear, QuantLinear):
                 linear.order_rows()
                 if linear.cut == "sorted":
-                    linear.keep_rows(dist.get_rank(), self.quantization_config.tp_size)
+                    linear.keep_rows(dist.get_rank(), self.tp_size)
             linear.backend = self.quantization_config.backend
             if linear.backend != "reference":
                 linear.arrange()
@@ -273,68 +287,103 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
-        head = cast(PreTrainedModel, model).get_output_embeddings()
+        head = model.get_output_embeddings()
         if self.quantization_config.backend == "auto" and fits_eight_bit(head):
             # in float32 it is read for longer than all blocks together: 545 MB of Qwen2.5-0.5B, whose blocks have 130
             rounded = eight_bit(cast(nn.Linear, head))
             rounded.backend = "auto"
-            cast(PreTrainedModel, model).set_output_embeddings(rounded)
+            model.set_output_embeddings(rounded)
         return model
 
-    def _own_tensors(self, name: str) -> dict[str, torch.Tensor]:
+    def _own_tensors(self, model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
         """This rank's slice of a matrix that transformers does not read: of GPTQ, q with a shared k and v."""
-        layout, spec, size = self.checkpoint.layout, self.checkpoint.spec_of(name), self.quantization_config.tp_size
-        linear = self.linears.get(name)
-        columns = []
-        if linear and linear.role == "column" and size > 1:
-            columns = self.plan.columns(linear.name, dist.get_rank(), size)
-        if isinstance(layout, Mix64Layout):
-            assert isinstance(spec, MixSpec)
-            tensors = self.checkpoint.matrix_tensors(name)
-            if columns:
-                tensors = layout.cut_columns(tensors, spec, columns)
-            elif linear and size > 1:
-                tensors = layout.cut_rows(tensors, spec, dist.get_rank(), size)
-        else:
-            tensors = self.checkpoint.matrix_columns(name, columns)
+        layout: Any = self.checkpoint.layout  # either kind cuts the tensors of its own spec
+        linear, spec, rank = self.linears.get(name), self.checkpoint.spec_of(name), dist.get_rank()
+        tensors = self.checkpoint.matrix_tensors(name)
+        if linear and linear.role == "column":
+            tensors = layout.cut_columns(tensors, spec, self.plan.columns(linear.name, rank, self.tp_size))
+        elif linear:
+            tensors = layout.cut_rows(tensors, spec, rank, self.tp_size)
+        if isinstance(layout, GptqLayout):
             tensors |= {suffix: t.to(self.dtype) for suffix, t in tensors.items() if t.is_floating_point()}
-        return {suffix: t.to("cuda") if torch.cuda.is_available() else t for suffix, t in tensors.items()}
+        return {suffix: t.to(model.device) for suffix, t in tensors.items()}
 
     def _finish_block(self, block: nn.Module) -> None:
-        arch, size = self.plan.arch, self.quantization_config.tp_size
+        arch, size = self.plan.arch, self.tp_size
         attention = block.get_submodule(arch.attention.row.rpartition(".")[0])
         if size > 1:
             for attribute in arch.local_attributes:
                 setattr(attention, attribute, getattr(attention, attribute) // size)
-        _hoist(block, arch.attention.norm, arch.attention.column)
+        self._hoist(block, arch.attention.norm, arch.attention.column)
         if arch.mlp.experts:
             experts = block.get_submodule(arch.module_name(f".{arch.mlp.experts}")[1:].removesuffix(".{e}"))
             assert isinstance(experts, Experts)
             experts.hoist_gathers()
         else:
-            _hoist(block, arch.mlp.norm, arch.mlp.column)
+            self._hoist(block, arch.mlp.norm, arch.mlp.column)
+
+    def _hoist(self, block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
+        """One gather of the norm's output instead of one in each matrix that reads it."""
+        perm = hoist_gather([block.get_submodule(name) for name in consumers])
+        if perm is not None:
+            hook = block.get_submodule(norm).register_forward_hook(lambda module, args, out: out[..., perm])
+            self.hooks.append(hook)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        return False
+        """Experts have other names in transformers than in files, and it knows no way back for packed ones."""
+        return not self.plan.arch.mlp.experts
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside them: packed weights have no gradient of their own, but give their input its."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
         """Which experts a token goes to is found out in Python."""
         return not self.plan.arch.mlp.experts
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: packed tensors as the checkpoint has them; here they are in other orders."""
+        packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
+        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(packed)}
+        names = [name for name in self.checkpoint.files if name.startswith(packed)]
+        return own | self.checkpoint.read(names), {}
 
-def _hoist(block: nn.Module, norm: str, consumers: Sequence[str]) -> None:
-    """One gather of the norm's output instead of one in each matrix that reads it."""
-    perm = hoist_gather([block.get_submodule(name) for name in consumers])
-    if perm is not None:
-        block.get_submodule(norm).register_forward_hook(lambda module, args, out: out[..., perm])
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """An ordinary model again, with the matrices that the codes mean, in the order that the file has."""
+        if self.tp_size > 1 or self.plan.arch.mlp.experts:
+            found = f"a model on {self.tp_size} ranks" if self.tp_size > 1 else "a mixture of experts"
+            raise PlanError("dequantize", found, "one rank, one MLP a block", "quantize from the 16-bit model instead")
+        for name in self.checkpoint.matrices():
+            old = model.get_submodule(name)
+            weight, bias = self.checkpoint.weight(name), self.checkpoint.matrix_tensors(name).get("bias")
+            W_NK = weight.dequantize() if isinstance(weight, MixedWeight) else weight.dequantize().T
+            dense = _dense(W_NK[:, : old.in_features], bias)
+            model.set_submodule(name, dense.to(model.device, dtype))
+        for hook in self.hooks:
+            hook.remove()
+        head = model.get_output_embeddings()
+        if isinstance(head, PackedLinear):  # rounded to 8 bits for `auto`
+            own = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+            shared = model.get_input_embeddings().weight
+            read = self.checkpoint.tensor(own).to(shared) if own in self.checkpoint.files else shared.detach()
+            model.set_output_embeddings(_dense(read, None))
+            model.tie_weights()
+        return model
+
+
+def _dense(W_NK: torch.Tensor, bias_N: torch.Tensor | None) -> nn.Linear:
+    n, k = W_NK.shape
+    with torch.device("meta"):
+        linear = nn.Linear(k, n, bias_N is not None)
+    linear.weight = nn.Parameter(W_NK.contiguous())
+    if bias_N is not None:
+        linear.bias = nn.Parameter(bias_N)
+    return linear
 
 
 def _to_local(linear: PackedLinear) -> None:
@@ -342,76 +391,3 @@ def _to_local(linear: PackedLinear) -> None:
     for name, parameter in list(linear.named_parameters(recurse=False)):
         if isinstance(parameter, DTensor):
             setattr(linear, name, nn.Parameter(parameter.to_local(), requires_grad=False))
-
-
-# dimension that is cut, by tensor; GPTQ's orientation is [K, N]
-COLUMN_DIM = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
-ROW_DIM = {"qweight": 0, "qzeros": 0, "scales": 0, "g_idx": 0}
-
-
-def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    parameter = module._parameters[name]
-    if parameter is not None:
-        sharded = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
-        module._parameters[name] = nn.Parameter(sharded, requires_grad=False)
-
-
-class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
-    """Column-parallel: output channels are cut, the input is replicated. Dense matrices are cut by transformers."""
-
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        if not isinstance(module, QuantLinear):
-            if not isinstance(module, PackedLinear):  # one that is empty until it is cut in BitshardQuantizer
-                super().shard_param(module, param, mesh)
-            return
-        dim = COLUMN_DIM.get(param)
-        placement: Placement = Replicate()
-        if dim is not None:
-            placement = _StridedShard(dim, split_factor=2) if module.cut == "parts" else Shard(dim)
-        _distribute(module, param, mesh, placement)
-
-    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        if isinstance(module, PackedLinear):
-            return args, kwargs
-        return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
-
-
-class RowStyle(RowwiseParallel):  # type: ignore[misc]
-    """Row-parallel: input channels are cut, partial outputs are summed by one AllReduce, the bias is added after it."""
-
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        if not isinstance(module, QuantLinear):
-            if not isinstance(module, PackedLinear):  # one that is empty until it is cut in BitshardQuantizer
-                super().shard_param(module, param, mesh)
-            return
-        cut = {"qweight", "g_idx"}
-        if module.cut == "plain" and module.scales.shape[0] > 1:
-            cut |= {"scales", "qzeros"}
-        whole = module.cut == "sorted" or param not in cut
-        _distribute(module, param, mesh, Replicate() if whole else Shard(ROW_DIM[param]))
-
-    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        if isinstance(module, PackedLinear):
-            if module.cut == "sorted":
-                assert isinstance(module, QuantLinear) and module.sorted_perm is not None
-                return (gather_permute_chunk(args[0], module.sorted_perm, mesh.get_group()), *args[1:]), kwargs
-            return args, kwargs
-        return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
-
-    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-        if not isinstance(module, PackedLinear):
-            return super().transform_output_post_forward(module, output, mesh)
-        dist.all_reduce(output, group=mesh.get_group())
-        return output if module.bias is None else output + module.bias.to(output.dtype)
-
-
-class PartialRowStyle(RowStyle):
-    """Row-parallel inside an expert: the sum over ranks is taken once, over all experts."""
-
-    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-        return output
-
-
-ALL_PARALLEL_STYLES.register("bitshard_column", ColumnStyle())
-ALL_PARALLEL_STYLES.register("bitshard_row", RowStyle())
-ALL_PARALLEL_STYLES.register("bitshard_partial_row", PartialRowStyle())

@@ -28,7 +28,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -197,7 +197,8 @@ def _(
     _require_device(x, qweight, arrangement)
     kernel = _to_run("gptq", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
-        return reference.gptq_linear(x, qweight, scales, qzeros, g_idx, out_features, bits, zeros_version)
+        tensors = qweight, scales, qzeros, g_idx, out_features, bits, zeros_version
+        return x @ reference.gptq_matrix(x.dtype, *tensors).T
     if kernel == "triton":
         from bitshard.kernels import triton
 
@@ -222,8 +223,8 @@ def _(
     _require_device(x, qweight, arrangement)
     kernel = _to_run("mix64", arrangement, x.dtype, x.shape[:-1].numel(), backend)
     if kernel == "reference":
-        spec = MixSpec(bits, fraction_4bit, metadata_kind)
-        return reference.mix64_linear(x, qweight, qextra, metadata, outliers, out_features, spec, arrangement)
+        tensors = qweight, qextra, metadata, outliers, out_features, MixSpec(bits, fraction_4bit, metadata_kind)
+        return x @ reference.mix64_matrix(x.dtype, x.shape[-1], *tensors, arrangement).T
     wide = wide_strips(bits, fraction_4bit)
     if kernel == "decode":
         return decode.mix64_linear(x, qweight, metadata[0], outliers, out_features, wide)
@@ -247,6 +248,32 @@ def _(
     kernel = _to_run("mix64", "cpu", x.dtype, x.shape[:-1].numel(), backend)
     assert kernel != "reference"  # which reads one matrix at a time
     return cpu.mix64_linears(x, qweights, scales2, outliers, out_features, wides, kernel == "cpu-int8")
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, op: Any, *rest: Any) -> torch.Tensor:
+        ctx.op, ctx.rest, ctx.in_features = op, rest, x.shape[-1]
+        return cast(torch.Tensor, op(x, *rest))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """The same product the other way round, with the matrix written out, in the gradient's dtype."""
+        dtype, rest = grads[0].dtype, ctx.rest
+        if ctx.op is gptq_linear:
+            matrix = reference.gptq_matrix(dtype, *rest[:-2])
+        else:
+            qweight, qextra, metadata, outliers, rows, *spec, arrangement, _ = rest
+            tensors = qweight, qextra, metadata, outliers, rows
+            matrix = reference.mix64_matrix(dtype, ctx.in_features, *tensors, MixSpec(*spec), arrangement)
+        return grads[0] @ matrix, None, *(None for _ in rest)
+
+
+def differentiable(op: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """`gptq_linear` or `mix64_linear` with a gradient, the input's: weights are frozen. To be called only where one is
+    asked for, as what torch registers for an op is Python around every call.
+    """
+    return cast(torch.Tensor, _Differentiable.apply(x, op, *rest))  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("bitshard::mix64_linears")  # type: ignore[untyped-decorator]

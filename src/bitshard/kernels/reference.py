@@ -34,8 +34,8 @@ def dequantize(
     return codes_GBN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).view(-1, n).to(dtype)
 
 
-def gptq_linear(
-    x: torch.Tensor,
+def gptq_matrix(
+    dtype: torch.dtype,
     qweight: torch.Tensor,
     scales: torch.Tensor,
     qzeros: torch.Tensor,
@@ -44,14 +44,15 @@ def gptq_linear(
     bits: int,
     zeros_version: int,
 ) -> torch.Tensor:
-    """x [..., K] times the dequantized matrix, both in x's dtype."""
+    """The dequantized matrix [N, K], however its tensors are arranged."""
     if qweight.dim() == 3:
         qweight, scales, qzeros = (ungroup_rows(tensor, out_features).T for tensor in (qweight, scales, qzeros))
-    return x @ dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, x.dtype)
+    return dequantize(qweight, scales, qzeros, g_idx, bits, zeros_version, dtype).T
 
 
-def mix64_linear(
-    x: torch.Tensor,
+def mix64_matrix(
+    dtype: torch.dtype,
+    in_features: int,
     qweight: torch.Tensor,
     qextra: torch.Tensor | None,
     metadata: Sequence[torch.Tensor],
@@ -60,14 +61,14 @@ def mix64_linear(
     spec: MixSpec,
     arrangement: str,
 ) -> torch.Tensor:
-    """x [..., K] times the dequantized matrix, outliers included, both in x's dtype. arrangement: file, cpu or gpu."""
+    """The dequantized matrix [N, K], outliers included. arrangement: file, cpu or gpu."""
     layout, tensors = Mix64Layout(), {"qweight": qweight, **({} if qextra is None else {"qextra": qextra})}
     if arrangement == "file":
         tensors |= zip(layout.metadata[spec.metadata], metadata, strict=True)
     elif arrangement == "cpu":
         tensors = mix64_from_rows({**tensors, "scales2": metadata[0]}, spec, out_features)
     else:
-        blocks = x.shape[-1] // BLOCK
+        blocks = in_features // BLOCK
         tensors = mix64_from_lanes({**tensors, "scales2": metadata[0]}, spec, out_features, blocks)
     tensors |= zip(layout.outliers, outliers, strict=False)  # none, or all three
-    return x @ layout.decode(tensors, spec, x.shape[-1]).dequantize(x.dtype).T
+    return layout.decode(tensors, spec, in_features).dequantize(dtype)

@@ -1,0 +1,199 @@
+"""Checkpoints as users of transformers load them: by name, saved again, dequantized, compiled, with adapters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitshard.checkpoint import Checkpoint
+from bitshard.convert import convert
+from bitshard.errors import BitshardError, PlanError
+from bitshard.integrations.transformers import BitshardConfig, load
+from bitshard.kernels import cpu
+from bitshard.nn import PackedLinear
+from bitshard.spec import MixSpec, QuantSpec
+from factory import CONFIGS, dense_model, random_checkpoint, token_ids
+
+ACT_ORDER = QuantSpec(4, 16, sym=False, desc_act=True)
+SPECS = [MixSpec(), ACT_ORDER, QuantSpec(3, 32, sym=True)]
+WHOLE = [name for name in CONFIGS if name != "mixtral"]  # in one MLP a block
+
+
+def from_pretrained(
+    path: Path, spec: QuantSpec | MixSpec = ACT_ORDER, backend: str | None = None, **kwargs: Any
+) -> Any:
+    own = {} if isinstance(spec, MixSpec) and not backend else {"quantization_config": BitshardConfig(backend)}
+    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": torch.float32, **own, **kwargs}).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids(96), use_cache=False).logits
+
+
+def test_nobody_imports_bitshard(tmp_path: Path) -> None:
+    """What bitshard.pth is for: lm-eval and `transformers serve` know of transformers alone."""
+    path = random_checkpoint(tmp_path / "m", "llama", MixSpec())
+    script = f"""
+import sys
+assert not any(name.startswith("bitshard.") or name == "torch" for name in sys.modules)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype="float32")
+print(type(model.model.layers[0].mlp.down_proj).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "bitshard.nn", done.stderr
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_architecture_by_its_name(model_type: str, tmp_path: Path) -> None:
+    for i, spec in enumerate(SPECS[:2]):
+        path = random_checkpoint(tmp_path / str(i), model_type, spec)
+        expected = logits(dense_model(path))
+        torch.testing.assert_close(
+            logits(from_pretrained(path, spec)), expected, rtol=0, atol=6e-5 * expected.abs().max().item()
+        )
+
+
+def test_act_order_as_it_is_equals_converted(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "m", "llama", ACT_ORDER)
+    convert(path, tmp_path / "tp")
+    expected = logits(from_pretrained(tmp_path / "tp"))
+    torch.testing.assert_close(logits(from_pretrained(path)), expected, rtol=0, atol=6e-5 * expected.abs().max().item())
+
+
+def test_a_config_of_its_own_file(tmp_path: Path) -> None:
+    """Older quantizers write no section in config.json; what is saved has one."""
+    path = random_checkpoint(tmp_path / "m", "llama", ACT_ORDER)
+    expected, config = logits(load(path)), json.loads((path / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(path)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "gptq" and {**section, **saved} == saved
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("backend", ["exact", "auto"])
+def test_saved_and_loaded_again(backend: str, spec: QuantSpec | MixSpec, model_type: str, tmp_path: Path) -> None:
+    """The same packed tensors under the same names, in one file or many, and the same logits."""
+    outliers = 0.02 if isinstance(spec, MixSpec) else 0.0
+    path = random_checkpoint(tmp_path / "m", model_type, spec, outliers=outliers)
+    model = from_pretrained(path, spec, backend)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    old, new = Checkpoint.open(path), Checkpoint.open(tmp_path / "saved")
+    assert len(set(new.files.values())) > 1 and set(old.files) == set(new.files)
+    assert old.config["quantization_config"] == new.config["quantization_config"]
+    for name in (n for n in old.files if n.rpartition(".")[0] in set(old.matrices())):
+        assert torch.equal(old.tensor(name), new.tensor(name)), name
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved", spec, backend)), logits(model))
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dequantized(spec: QuantSpec | MixSpec, model_type: str, tmp_path: Path) -> None:
+    """An ordinary model, of ordinary modules, that can be saved and needs none of ours."""
+    path = random_checkpoint(tmp_path / "m", model_type, spec)
+    expected = logits(dense_model(path))
+    for backend in ("exact", "auto"):  # which rounds lm_head
+        model = from_pretrained(path, spec, backend)
+        model.dequantize()
+        assert not any(isinstance(module, PackedLinear) for module in model.modules())
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+        model.save_pretrained(tmp_path / backend)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / backend, dtype=torch.float32)
+        assert torch.equal(logits(again), logits(model)) and not hasattr(again.config, "quantization_config")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dtypes_devices_and_caches(spec: QuantSpec | MixSpec, tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "m", "llama", spec, eos_token_id=None)
+    whole = from_pretrained(path, spec)
+    mapped = from_pretrained(path, spec, device_map="cpu", attn_implementation="eager")
+    torch.testing.assert_close(logits(mapped), logits(whole), rtol=1e-4, atol=1e-4)
+    half = from_pretrained(path, spec, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    error = (logits(half).float() - logits(whole)).norm() / logits(whole).norm()
+    assert error < 0.03
+    prompt, how = token_ids(96, shape=(1, 5)), {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    plain, static = (whole.generate(prompt, **how, cache_implementation=cache) for cache in (None, "static"))
+    assert torch.equal(plain, static) and plain.shape == (1, 13)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_bigcode"])
+def test_gradients_of_the_input_are_those_of_a_plain_model(
+    model_type: str, spec: QuantSpec | MixSpec, tmp_path: Path
+) -> None:
+    path, ids = random_checkpoint(tmp_path / "m", model_type, spec), token_ids(96)
+    grads = []
+    for model in (from_pretrained(path, spec), dense_model(path)):
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=2e-5 * grads[1].abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT's
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_adapters_are_trained_saved_and_loaded(spec: QuantSpec | MixSpec, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from bitshard.integrations.peft import adapted
+
+    path, ids = random_checkpoint(tmp_path / "m", "llama", spec), token_ids(96)
+    model = from_pretrained(path, spec)
+    packed = {name: tensor.clone() for name, tensor in model.named_parameters() if name.endswith("qweight")}
+    model = peft.get_peft_model(model, adapted(peft.LoraConfig(r=4, target_modules="all-linear"), model))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    for name, tensor in packed.items():
+        assert torch.equal(
+            model.get_parameter(f"base_model.model.{name.replace('.qweight', '.base_layer.qweight')}"), tensor
+        )
+    model.save_pretrained(tmp_path / "adapter")
+    other, config = from_pretrained(path, spec), peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter", config=adapted(config, other))
+    assert torch.equal(logits(again), logits(model))
+    config.base_model_name_or_path = "the-model-that-was-quantized"
+    with pytest.raises(PlanError, match="adapters of the-model-that-was-quantized: found .*order of its own"):
+        adapted(config, other)
+
+
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_checkpoint(tmp_path / "m", "llama", MixSpec())
+    dense_model(path).save_pretrained(tmp_path / "dense")
+    with pytest.raises(BitshardError, match="no quantization_config; allowed: a quantized checkpoint"):
+        from_pretrained(tmp_path / "dense")
+    with pytest.raises(BitshardError, match="backend: found 'fast'"):
+        from_pretrained(path, backend="fast")
+    with pytest.raises(BitshardError, match="device_map: found modules on disk"):
+        from_pretrained(path, MixSpec(), device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path)
+    with pytest.raises(BitshardError, match="dequantize: found a mixture of experts"):
+        from_pretrained(random_checkpoint(tmp_path / "moe", "mixtral", MixSpec()), MixSpec()).dequantize()
+    monkeypatch.setenv("BITSHARD_BACKEND", "nothing")
+    with pytest.raises(BitshardError, match="backend: found 'nothing'"):
+        from_pretrained(path, MixSpec())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="the C kernels are not built here")
+def test_the_environment_names_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITSHARD_BACKEND", "auto")
+    model = from_pretrained(random_checkpoint(tmp_path / "m", "llama", MixSpec()), MixSpec())
+    down = model.model.layers[0].mlp.down_proj
+    assert down.kernel(torch.float32, 1) == "cpu-int8" and down.arrangement == "cpu"
