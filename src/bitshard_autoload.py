@@ -1,31 +1,32 @@
 """Makes transformers know bitshard's checkpoints wherever it is used; `bitshard.pth` imports this when Python starts.
 
 transformers has no entry point for quantization methods, and a checkpoint of one that it does not know it fills with
-random numbers, which it only warns of. So when its `modeling_utils` is imported, by whomever, our half is too. Until
-then this costs what a module of few lines does, and imports nothing.
+random numbers, which it only warns of. So when its list of methods is imported, by whomever, our half is too, or, where
+that is a part of importing its models, after these. Until then this costs what a module of few lines does, and imports
+nothing.
 """
 
 import sys
 
-MODULE = "transformers.modeling_utils"
+METHODS, MODELS = "transformers.quantizers", "transformers.modeling_utils"
 
 
 class Finder:
-    """Finds MODULE as the others would, once, and has our half imported after it."""
+    """Finds the two modules as the others would, and has our half imported after them."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != MODULE:
+        if name not in (METHODS, MODELS):
             return None
-        sys.meta_path.remove(cls)
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
         spec = next((spec for spec in found if spec), None)
         if spec and spec.loader:
             execute = spec.loader.exec_module
 
             def exec_module(module):  # type: ignore[no-untyped-def]
                 execute(module)
-                register()
+                if name == MODELS or MODELS not in sys.modules:
+                    register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -38,7 +39,7 @@ def register() -> None:
         print(f"bitshard: transformers will not know its checkpoints here: {error}", file=sys.stderr)
 
 
-if MODULE in sys.modules:
+if METHODS in sys.modules:
     register()
 elif Finder not in sys.meta_path:
     sys.meta_path.insert(0, Finder)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
@@ -18,6 +19,7 @@ from bitshard.errors import BitshardError, PlanError
 from bitshard.integrations.transformers import BitshardConfig, load
 from bitshard.kernels import cpu
 from bitshard.nn import PackedLinear
+from bitshard.parallel import launch
 from bitshard.spec import MixSpec, QuantSpec
 from factory import CONFIGS, dense_model, random_checkpoint, token_ids
 
@@ -45,6 +47,7 @@ def test_nobody_imports_bitshard(tmp_path: Path) -> None:
 import sys
 assert not any(name.startswith("bitshard.") or name == "torch" for name in sys.modules)
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype="float32")
 print(type(model.model.layers[0].mlp.down_proj).__module__)
 """
@@ -197,3 +200,27 @@ def test_the_environment_names_a_kernel(tmp_path: Path, monkeypatch: pytest.Monk
     model = from_pretrained(random_checkpoint(tmp_path / "m", "llama", MixSpec()), MixSpec())
     down = model.model.layers[0].mlp.down_proj
     assert down.kernel(torch.float32, 1) == "cpu-int8" and down.arrangement == "cpu"
+
+
+def on_a_rank(paths: list[str]) -> list[torch.Tensor]:
+    """As under torchrun."""
+    torch.set_num_threads(1)
+    plan = DistributedConfig(tp_size=2, tp_plan="auto")
+    return [logits(from_pretrained(Path(path), backend="exact", distributed_config=plan)) for path in paths]
+
+
+def test_transformers_own_plan_on_two_ranks(tmp_path: Path) -> None:
+    wide = {"head_dim": 64, "intermediate_size": 256}  # of which two ranks have whole tiles, blocks and groups
+    paths = [random_checkpoint(tmp_path / f"{i}", "llama", spec, **wide) for i, spec in enumerate(SPECS)]
+    convert(paths[1], tmp_path / "tp")
+    paths[1] = tmp_path / "tp"
+    for found in launch(2, on_a_rank, [str(path) for path in paths]):
+        for path, own in zip(paths, found, strict=True):
+            expected = logits(load(path))
+            torch.testing.assert_close(own, expected, rtol=0, atol=6e-5 * expected.abs().max().item())
+
+
+def test_a_degree_that_does_not_fit(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "m", "llama", ACT_ORDER)
+    with pytest.raises(Exception, match="mlp.down_proj: found an irregular g_idx.*bitshard convert"):
+        launch(2, on_a_rank, [str(path)])

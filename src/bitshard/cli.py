@@ -580,6 +580,26 @@ def generate(
     _emit(report, as_json)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id, quantized or 16-bit.")],
+    engine: Annotated[str, typer.Option(help="Whose server: transformers or vllm.")] = "transformers",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
+    backend: Backend = "auto",
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree, of vllm.")] = 1,
+) -> None:
+    """OpenAI's chat and completion calls, by an engine's own server; options that are not listed here go to it."""
+    from bitshard.serve import ServeOptions, command
+    from bitshard.sources import resolve
+
+    options = ServeOptions(engine, host, port, backend, tp, context.args)
+    arguments, environment = command(resolve(checkpoint), options)
+    err_console.print(f"{engine} serves at http://{host}:{port}/v1 when it has loaded the model", highlight=False)
+    os.execve(arguments[0], arguments, environment)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can run, and the line that installs what is missing."""

@@ -39,7 +39,8 @@ from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "BITSHARD_BACKEND"  # environment: a name of kernels.BACKENDS
+# environment, for programs that pass no config on: a name of kernels.BACKENDS; anything, to run GPTQ checkpoints too
+BACKEND, EVERY_GPTQ = "BITSHARD_BACKEND", "BITSHARD_GPTQ"
 
 
 def load(
@@ -146,9 +147,12 @@ class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
         transformers would take the checkpoint's, or refuse two of different classes, and has no way to say otherwise.
         """
+        section = section if isinstance(section, dict) else section.to_dict()
+        if given is None and section.get("quant_method") == "gptq" and os.environ.get(EVERY_GPTQ):
+            given = cls()
         if not isinstance(given, cls):
             return merge_quantization_configs(section, given)
-        given.section = section if isinstance(section, dict) else section.to_dict()
+        given.section = section
         return given
 
 
