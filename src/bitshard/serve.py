@@ -18,7 +18,7 @@ from bitshard.kernels import require_backend
 
 # what each engine's server needs, and what installs it
 ENGINES = {
-    "transformers": (("fastapi", "uvicorn", "openai"), "pip install 'transformers[serving]'"),
+    "transformers": (("fastapi", "uvicorn", "openai"), "pip install 'bitshard[serve]'"),
     "vllm": (("vllm",), "install vLLM: docs/engines.md says which"),
 }
 
