@@ -195,6 +195,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
                 parent._is_hf_initialized = True  # else GPT-BigCode's initialiser looks for a dense weight in it
         model._keys_to_ignore_on_load_unexpected = ignored
         model.tp_plan = tp_plan(self.plan)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _open(self, model: PreTrainedModel, files: Sequence[str]) -> None:
         """The checkpoint that these files are, checked, and on how many ranks it will run."""
@@ -267,6 +268,10 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(
+                self.dtypes[name]
+            )  # transformers 5.17 leaves Mixtral's routers as they come
         names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
         slow = defaultdict[str, list[str]](list)
         for module_name, name in names.items():
