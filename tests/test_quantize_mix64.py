@@ -565,6 +565,7 @@ def test_the_command_by_default(model: Path, text: Path, tmp_path: Path) -> None
     """Nothing but the files named: mix64, ordered, 2.9 bits and a little, and what to do next."""
     result = bitshard("quantize", model, tmp_path / "out", "--calibration", text, *CALIBRATE)
     assert result.code == 0 and f"next: bitshard inspect {tmp_path / 'out'}" in result.stdout, result
+    assert "calibration tokens are fewer than the 128 channels" in " ".join(result.stdout.split())
     assert "14 matrices, the worst five" in result.stdout and "filled up" not in result.stdout
     assert "ordering" in result.stderr and "quantizing" in result.stderr
     quantize(model, tmp_path / "api", MixSpec(), Calibration(text, 2, 24))
@@ -592,7 +593,7 @@ def test_the_command_with_the_papers_recipe(recipe: str, model: Path, text: Path
 def test_the_command_to_gptq_in_the_models_order(model: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["--format", "gptq", "--order", "model", "--bits", 4, "--group-size", 16, "--calibration", text]
     result = bitshard("quantize", model, tmp_path / "out", *arguments, *CALIBRATE)
-    assert result.code == 0 and f"next: bitshard convert {tmp_path / 'out'}" in result.stdout, result
+    assert result.code == 0 and f"next: bitshard inspect {tmp_path / 'out'}" in result.stdout, result
     out = Checkpoint.open(tmp_path / "out")
     assert out.gptq.spec == QuantSpec(4, 16) and not any(map(out.is_irregular, out.matrices()))
     assert permutations(Checkpoint.open(model), out)

@@ -269,7 +269,13 @@ def quantize(
     if report.tuned:
         before, after = (sum(errors) / len(report.tuned) for errors in zip(*report.tuned, strict=True))
         notes.append(f"tuning took the error of blocks' outputs on held-out text from {before:.2e} to {after:.2e}")
-    then = f"bitshard inspect {out}" if format == "mix64" else f"bitshard convert {out} {out}-tp"
+    tokens, widest = samples * length, report.widest
+    if tokens < widest:
+        notes.append(
+            f"{tokens:,} calibration tokens are fewer than the {widest:,} channels that the largest matrix reads: "
+            f"expect it to be much worse than with --samples {-(-2 * widest // length)} and more"
+        )
+    then = f"bitshard convert {out} {out}-tp" if desc_act else f"bitshard inspect {out}"
     _emit(report, as_json, table, *notes, f"next: {then}")
 
 
@@ -290,15 +296,15 @@ def convert(
         "MLPs reordered": report.mlps_reordered,
         "attentions reordered": report.attentions_reordered,
         "legal TP degrees": ", ".join(map(str, report.degrees)),
-        "gathers of a norm's output": report.input_gathers,
+        "gathers of a norm's output": f"{report.input_gathers}, each on its own rank, without a collective",
         "desc_act": report.desc_act,
     }
     if report.padded:
         facts["padded to"] = ", ".join(f"{k} {v}" for k, v in report.padded.items())
     if kept:
         cost = ", ".join(f"{_size(b)} at TP {t}" for t, b in kept[0][1].items() if t > 1)
-        facts["keep a local order"] = f"{len(kept)} output projections, {kept[0][0]} and so on"
-        facts["its cost, each, per rank"] = f"{cost or 'none at TP 1'} of repeated scales and zeros"
+        facts["keep a local order"] = f"{len(kept)} output projections, {kept[0][0]} first; no collective comes of it"
+        facts["which costs each"] = f"{cost or 'nothing at TP 1'} a rank, of repeated scales and zeros"
     _emit(report, as_json, _facts(str(out), facts), f"next: bitshard verify {out} --against {checkpoint}")
 
 
@@ -324,24 +330,26 @@ def plan(
     options = {"bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "group_size": group_size}
     spec, _ = requested(format, None, options)
     report = plan_model(resolve(model, weights=False), spec, pad, gb_per_s)
+    if report.quantized and (format != "mix64" or any(value is not None for value in options.values())):
+        print(f"{model} is quantized already: planned as it is, without these options", file=sys.stderr)
     notes = _not_legal(report)
     if report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
         notes.append(
             f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. "
-            f"Do it: convert --pad-to {pad}, or quantize --max-tp {pad}"
+            f"Do it: {f'convert --pad-to {pad}' if report.quantized else f'quantize --max-tp {pad}'}"
         )
     if report.gathered:
         cure = "`bitshard convert` reorders the MLPs'" if isinstance(report.spec, QuantSpec) else "they cannot be cut"
         notes.append(f"{len(report.gathered)} row matrices want their input in another order; {cure}")
     facts = ", ".join(f"{name} {value}" for name, value in report.spec.facts().items())
-    counted = f"{report.average_bits:.2f} bits with scales and zeros; embeddings not counted"
+    counted = f"{report.average_bits:.2f} bits with scales and zeros; no embeddings, no g_idx"
     _emit(report, as_json, f"{model}: {report.layers} blocks, {facts}", counted, _plan_table(report), *notes)
 
 
 def _plan_table(report: ModelPlan) -> Table:
     """The legal degrees."""
-    table = _columns(None, "TP", "weights/rank", "floor/token", "AllReduce/token")
+    table = _columns(None, "TP", "weights/rank", "floor/token", "AllReduce/token, 16 bits")
     for degree in report.degrees:
         if not degree.obstacles:
             floor = "-" if degree.floor_ms is None else f"{degree.floor_ms:.3g} ms"
@@ -387,7 +395,8 @@ def inspect(
         "kernels": _kernels(report),
         **{f"from: {k}": _origin(v) for k, v in report.provenance.items()},
     }
-    _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers))
+    drawn = [f"picture: {picture}"] if picture else []
+    _emit(report, as_json, _facts(report.path, facts), _matrix_table(report, layers), *drawn)
 
 
 def _kernels(report: Inspection) -> str:
@@ -409,7 +418,7 @@ def _origin(value: object) -> object:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:
@@ -471,7 +480,7 @@ def verify(
     logits: Annotated[bool, typer.Option(help="Also compare logits, which runs both models.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Check every tensor; with --against, prove that both hold the same weights."""
+    """Check every tensor's shape, dtype and meaning; with --against, prove that both hold the same weights."""
     from bitshard.sources import resolve
     from bitshard.verify import verify as run
 
@@ -481,6 +490,8 @@ def verify(
         lines.append(f"{report.equal_matrices} equal to those of {against}, bit for bit under the permutations")
     if report.logits_error is not None:
         lines.append(f"logits differ by {report.logits_error:.1e} of the largest")
+    if against is None:
+        lines.append("codes can be any numbers: whether they are the right ones, only --against shows")
     _emit(report, as_json, *lines)
 
 
@@ -567,7 +578,7 @@ def generate(
     options = GenerateOptions(
         max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend, compile=compile
     )
-    if compile and os.environ.get("RANK", "0") == "0":
+    if compile and tp == 1:
         err_console.print("compiling a token's step first: 10 s to a minute", highlight=False)
     report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
     if os.environ.get("RANK", "0") != "0":

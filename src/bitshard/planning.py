@@ -31,13 +31,17 @@ class Degree:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """gathered: row matrices that want their input in another order. padding: new sizes that make pad_to legal."""
+    """gathered: row matrices that want their input in another order. padding: new sizes that make pad_to legal.
+
+    quantized: the checkpoint is, and was planned as it is.
+    """
 
     model: str
     model_type: str
     layers: int
     spec: QuantSpec | MixSpec
     average_bits: float
+    quantized: bool
     gathered: Sequence[str]
     degrees: Sequence[Degree]
     padding: Mapping[str, int] | None
@@ -53,7 +57,7 @@ def plan_model(
     """
     if gb_per_s is not None and not gb_per_s > 0:
         raise SpecError("gb_per_s", str(gb_per_s), "more than 0", "give the device's bandwidth, or leave it out")
-    plan, spec = _plan(path, spec)
+    plan, own_spec = _plan(path, spec)
     parameters = sum(
         linear.in_features * linear.out_features
         for layer in range(plan.sizes.layers)
@@ -69,7 +73,8 @@ def plan_model(
         model=str(path),
         model_type=plan.arch.model_types[0],
         layers=plan.sizes.layers,
-        spec=spec,
+        spec=own_spec or spec,
+        quantized=own_spec is not None,
         average_bits=plan.bytes_per_rank(1) * 8 / parameters,
         gathered=sorted(plan.gathered),
         degrees=[_degree(plan, t, gb_per_s) for t in CANDIDATE_DEGREES if t <= max(plan.sizes.heads, pad_to or 1)],
@@ -92,7 +97,8 @@ def _degree(plan: TPPlan, tp_size: int, gb_per_s: float | None) -> Degree:
     )
 
 
-def _plan(path: Path, spec: QuantSpec | MixSpec) -> tuple[TPPlan, QuantSpec | MixSpec]:
+def _plan(path: Path, spec: QuantSpec | MixSpec) -> tuple[TPPlan, QuantSpec | MixSpec | None]:
+    """Of a quantized checkpoint with its own spec, of any other with `spec` and None."""
     if (path / INDEX).exists() or any(path.glob("*.safetensors")):
         checkpoint = Checkpoint.open(path)
         if checkpoint.quantization is not None:
@@ -100,4 +106,4 @@ def _plan(path: Path, spec: QuantSpec | MixSpec) -> tuple[TPPlan, QuantSpec | Mi
     file = path / "config.json"
     config = read_json(file)
     arch = architecture(config, str(file))
-    return TPPlan(arch, shapes(arch, config, str(file)), lambda name: spec), spec
+    return TPPlan(arch, shapes(arch, config, str(file)), lambda name: spec), None
