@@ -160,6 +160,22 @@ def test_a_search_for_ranges_never_hurts(
     assert sum(gains) / len(gains) < 0.95
 
 
+def test_where_the_search_hurts_minmax_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = solver._Matrix.solve
+
+    def solve(matrix: Any, visit_K: torch.Tensor, R_KK: torch.Tensor, ranges: str) -> Any:
+        state = found(matrix, visit_K, R_KK, "minmax")
+        if ranges == "search":
+            state.codes_NS, state.loss = 15 - state.codes_NS, 2 * state.loss
+        return state
+
+    monkeypatch.setattr(solver, "PASSES", 0)
+    W_NK, X_TK = weights(64, 128, 0), inputs(128, 0)
+    expected = solved(W_NK, X_TK, MixSpec(), MixRecipe(ranges="minmax"))[0]
+    monkeypatch.setattr(solver._Matrix, "solve", solve)
+    assert torch.equal(solved(W_NK, X_TK, MixSpec(), MixRecipe())[0].dequantize(), expected.dequantize())
+
+
 def damped_loss(W_NK: torch.Tensor, Q_NK: torch.Tensor, H_KK: torch.Tensor) -> float:
     error_NK, H_KK = (W_NK - Q_NK).double(), H_KK.double()
     return float(((error_NK @ H_KK) * error_NK).sum() + DAMP * H_KK.diagonal().mean() * error_NK.square().sum())

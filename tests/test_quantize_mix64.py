@@ -147,25 +147,27 @@ def test_every_architecture_by_default(model_type: str, text: Path, tmp_path: Pa
     assert all(0 < m.relative_error < 0.15 and 0 <= m.share_4bit <= 1 for m in report.matrices), report.matrices
     size = sum(t.nbytes for n in out.matrices() for s, t in out.matrix_tensors(n).items() if s != "bias")
     weights = sum(weight.numel() for weight in (out.weight(n).dequantize() for n in out.matrices()))
-    assert report.average_bits == pytest.approx(8 * size / weights) and report.average_bits <= 2.95
+    assert report.average_bits == pytest.approx(8 * size / weights) and report.average_bits <= 2.91
     kept = {name: t for name, t in out.read(out.names_outside_blocks()).items()}
     assert all(tensor.dtype == torch.float16 for tensor in kept.values())
     assert_close(logits(load(out.path)), logits(dense_model(out.path)), 1e-4)
 
 
 def test_a_budget_is_kept(text: Path, tmp_path: Path) -> None:
-    """Of everything in the file, over the weights as they are stored; what matters more gets more."""
+    """Of everything in the file, for each weight; where blocks that are filled up need more, for each of their places.
+
+    What matters more gets more.
+    """
     source = random_model(tmp_path / "m", "llama", hidden_size=80)
-    found = {}
-    for budget in (2.9, 3.3, 3.9):
+    for budget in (2.9, 3.3, 4.2):
         recipe, out = MixRecipe("none", outliers=0.005, average_bits=budget), tmp_path / str(budget)
         report = quantize(source, out, MixSpec(), small(text), recipe)
         checkpoint = Checkpoint.open(out)
         weights = [checkpoint.weight(name) for name in checkpoint.matrices()]
         stored = sum(w.codes_NK.numel() for w in weights if isinstance(w, MixedWeight))
         real = sum(w.dequantize().numel() for w in weights)
-        found = report.average_bits * real / stored
-        assert budget - 0.2 < found <= budget
+        found = report.average_bits * (1 if budget == 4.2 else real / stored)
+        assert budget - 0.2 < found <= budget, (report.average_bits, real / stored)
         fractions = {w.spec.fraction_4bit for w in weights if isinstance(w, MixedWeight)}
         assert len(fractions) > 1
         assert_close(logits(load(out)), logits(dense_model(out)), 1e-4)

@@ -383,15 +383,19 @@ def _with_fraction(job: _Job, fraction_4bit: float) -> MixSpec:
 def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
     """Bytes of each matrix by its fraction of 4-bit strips, in FRACTIONS' order, and how many all may have together.
 
-    Raises SpecError when the smallest ones are too many.
+    So many for each weight; where blocks that are filled up leave no room for that, for each of their places. Raises
+    SpecError when the smallest ones are too many.
     """
-    sizes, weights = {}, 0
+    sizes, weights, places = {}, 0, 0
     for layer in range(job.sizes.layers):
         for name, linear in job.padded_plan.linears(layer):
             k, n = linear.in_features, linear.out_features
             sizes[name] = [_bytes(_with_fraction(job, fraction), job.recipe, k, n) for fraction in FRACTIONS]
-            weights += ceil(k / BLOCK) * BLOCK * n
+            weights += k * n
+            places += ceil(k / BLOCK) * BLOCK * n
     least, budget = sum(map(min, sizes.values())), int(average_bits * weights / 8)
+    if least > budget:
+        weights, budget = places, int(average_bits * places / 8)
     if least > budget:
         default = ", the default" if average_bits == MIX_RECIPE.average_bits else ""
         raise SpecError(
