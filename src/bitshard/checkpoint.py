@@ -27,6 +27,7 @@ from bitshard.spec import MixSpec, QuantSpec
 
 INDEX = "model.safetensors.index.json"
 REPORT = "quantization_report.json"  # what quantizing left behind, matrix by matrix
+CARD = "README.md"
 ENDS = 1 << 20  # bytes at either end of a file that tell it from another of the same size and time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

@@ -506,10 +506,12 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; all if left out.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more lm-eval tasks.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Add what was found on the text to its model card.")] = False,
     backend: Backend = "exact",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text, divergence from the 16-bit model, and lm-eval tasks: --text, --tasks or both."""
+    from bitshard.card import add_measurement, require_card
     from bitshard.evaluate import TaskOptions, TextOptions
     from bitshard.evaluate import evaluate as run
     from bitshard.sources import resolve
@@ -518,13 +520,19 @@ def evaluate(
         raise typer.BadParameter("name a text, tasks or both", param_hint="--text, --tasks")
     if text is None and against is not None:
         raise typer.BadParameter("is measured on a --text", param_hint="--against")
+    if text is None and card:
+        raise typer.BadParameter("has what was found on a --text", param_hint="--card")
     path, reference = resolve(checkpoint), None if against is None else resolve(against)
+    if card:
+        require_card(path)
     text_options = None if text is None else TextOptions(text, context, stride, windows, reference)
     task_options = None if tasks is None else TaskOptions(tasks.split(","), limit, include_path)
     report = run(path, text_options, task_options, _progress, backend)
     lines: list[str | Table] = []
     if report.text:
         lines += _perplexity_lines(report.text, against)
+        if card and text is not None:
+            add_measurement(path, text, report.text)
     if report.tasks:
         table = _columns(None, "task", "metric", "value", "+/-", "documents", "shots", left=["task", "metric"])
         for score in report.tasks:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from bitshard import __version__
 from bitshard.blockwise import BlockwiseModel, Watcher, own_tensors, require_finite
+from bitshard.card import model_card
 from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
 from bitshard.errors import CheckpointError, FormatError, SpecError
@@ -257,7 +258,9 @@ def quantize(
     config = {**job.checkpoint.config, **job.config_updates}
     report = _report(job, out, state["solved"], state["tuned"])
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
-    writer.finish(job.checkpoint.path, config, QuantConfig(spec, job.layout, overrides, section), _facts(job, report))
+    quantization = QuantConfig(spec, job.layout, overrides, section)
+    card = model_card(quantization, report.average_bits, {m.name: m.relative_error for m in report.matrices})
+    writer.finish(job.checkpoint.path, config, quantization, _facts(job, report), card)
     return report
 
 

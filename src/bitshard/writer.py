@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitshard.checkpoint import INDEX, REPORT, reason
+from bitshard.checkpoint import CARD, INDEX, REPORT, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 from bitshard.quantconfig import QuantConfig
@@ -171,8 +171,12 @@ class Writer:
         config: Mapping[str, Any],
         quantization: QuantConfig,
         report: Mapping[str, Any] | None = None,
+        card: str | None = None,
     ) -> None:
-        """Index, configs, the source's tokenizer and other small files, a report; then the final name."""
+        """Index, configs, the source's tokenizer and other small files, a report and a card; then the final name.
+
+        Without a card of its own it gets the source's.
+        """
         try:
             weight_map, total = {}, 0
             for file_name in self._files.values():
@@ -188,6 +192,9 @@ class Writer:
             if report is not None:
                 self._write_json(REPORT, report)
             self._copy_side_files(source)
+            if card is not None:
+                (self.partial / CARD).write_text(card, encoding="utf-8")
+                _sync(self.partial / CARD)
             _sync(self.partial)
             self._refuse_existing("move it away and run the same command again: finished shards are kept")
             self.partial.rename(self.out)
