@@ -13,11 +13,11 @@ LAYERS = (
     ("plan", "reorder", "layout"),
     ("quantconfig", "records"),
     ("edit", "checkpoint", "sources", "solver", "kernels", "parallel"),
-    ("nn", "writer", "inspection", "planning"),
+    ("nn", "writer", "card", "inspection", "planning"),
     ("blockwise", "convert"),
     ("ordering",),
     ("pipeline", "integrations"),
-    ("bench", "doctor", "evaluate", "generate", "verify"),
+    ("bench", "doctor", "evaluate", "generate", "serve", "verify"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -38,6 +38,7 @@ ENGINES = {
     "gemlite": {"bench"},
     "humming": {"bench"},
     "vllm": {"bench", "integrations"},
+    "peft": {"integrations"},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitshard import __version__
 from bitshard.checkpoint import CARD
@@ -12,9 +12,6 @@ from bitshard.errors import CheckpointError
 from bitshard.layout import GptqLayout
 from bitshard.quantconfig import QuantConfig
 from bitshard.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from bitshard.evaluate import Perplexity
 
 NOTHING = "Nothing yet: `bitshard eval FOLDER --text FILE --against SOURCE --card` adds a line here.\n"
 COLUMNS = ("text", "context", "windows", "perplexity", "16-bit", "KL", "same top token", "bitshard")
@@ -41,7 +38,9 @@ def model_card(quantization: QuantConfig, average_bits: float, errors: Mapping[s
     ordinary = isinstance(quantization.spec, QuantSpec) and not quantization.spec.desc_act
     config = ", quantization_config=BitshardConfig()" if isinstance(layout, GptqLayout) else ""
     method = ', quantization="bitshard"' if isinstance(layout, GptqLayout) else ""
-    plain = "It is an ordinary GPTQ file, for any engine that reads these; with bitshard's kernels:\n\n" if ordinary else ""
+    plain = (
+        "It is an ordinary GPTQ file, for any engine that reads these; with bitshard's kernels:\n\n" if ordinary else ""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -89,16 +88,16 @@ def require_card(folder: Path) -> str:
     return text
 
 
-def add_measurement(folder: Path, text: Path, report: Perplexity) -> None:
-    """A line of the card's last table: what `bitshard eval` found on a text."""
+def add_measurement(folder: Path, text: Path, found: Mapping[str, Any]) -> None:
+    """A line of the card's last table: what `bitshard eval` found on a text, evaluate.Perplexity as a mapping."""
     card = require_card(folder)
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-    found: dict[str, Any] = vars(report.divergence) if report.divergence else {}
+    against = found["divergence"]
     values = (
-        text.name, report.context, report.windows, f"{report.perplexity:.2f}",
-        f"{found['reference_perplexity']:.2f}" if found else "",
-        f"{found['mean_kl']:.3f}" if found else "",
-        f"{found['top1_agreement']:.1%}" if found else "",
+        text.name, found["context"], found["windows"], f"{found['perplexity']:.2f}",
+        f"{against['reference_perplexity']:.2f}" if against else "",
+        f"{against['mean_kl']:.3f}" if against else "",
+        f"{against['top1_agreement']:.1%}" if against else "",
         __version__,
     )  # fmt: skip
     row = f"| {' | '.join(map(str, values))} |\n"

@@ -532,7 +532,7 @@ def evaluate(
     if report.text:
         lines += _perplexity_lines(report.text, against)
         if card and text is not None:
-            add_measurement(path, text, report.text)
+            add_measurement(path, text, asdict(report.text))
     if report.tasks:
         table = _columns(None, "task", "metric", "value", "+/-", "documents", "shots", left=["task", "metric"])
         for score in report.tasks:
