@@ -14,7 +14,7 @@ LAYERS = (
     ("quantconfig", "records"),
     ("edit", "checkpoint", "sources", "solver", "kernels", "parallel"),
     ("nn", "writer", "card", "inspection", "planning"),
-    ("blockwise", "convert"),
+    ("blockwise", "convert", "export"),
     ("ordering",),
     ("pipeline", "integrations"),
     ("bench", "doctor", "evaluate", "generate", "serve", "verify"),

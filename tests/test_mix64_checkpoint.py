@@ -328,7 +328,7 @@ def finished(out: Path, source: Path, spec: MixSpec | QuantSpec, report: dict[st
     writer = Writer(out, ["all"], Task({}, {}), layout.name)
     writer.write("all", checkpoint.read(checkpoint.files))
     section = {"version": FORMAT_VERSION, "layout": layout.name}
-    writer.finish(source, checkpoint.config, QuantConfig(spec, layout, (), section), report)
+    writer.finish(source, checkpoint.config, QuantConfig(spec, layout, (), section).to_json(), report)
     return out
 
 

@@ -309,6 +309,21 @@ def convert(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Quantized folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[str, typer.Option(help="gptq or compressed-tensors.")] = "gptq",
+    as_json: Json = False,
+) -> None:
+    """The same weights, exactly, for engines that know nothing of us; what a format cannot hold is refused by name."""
+    from bitshard.export import export as run
+    from bitshard.sources import resolve
+
+    report = run(resolve(checkpoint), out, to, _progress)
+    _emit(report, as_json, f"{out}: {report.matrices} matrices as {to}, {report.average_bits:.2f} bits")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; config.json is enough.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",

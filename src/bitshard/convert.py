@@ -76,7 +76,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
             writer.write(f"block {layer}", _converted_block(checkpoint, layer, edits[layer]))
     config = {**checkpoint.config, **(padding.config_updates(plan.arch, checkpoint.config) if padding else {})}
     report = _report(checkpoint, out, plan, edits, padding)
-    writer.finish(source, config, _quant_config(quantization, report, edits, source))
+    writer.finish(source, config, _quant_config(quantization, report, edits, source).to_json())
     return report
 
 

@@ -260,7 +260,7 @@ def quantize(
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
     quantization = QuantConfig(spec, job.layout, overrides, section)
     card = model_card(quantization, report.average_bits, {m.name: m.relative_error for m in report.matrices})
-    writer.finish(job.checkpoint.path, config, quantization, _facts(job, report), card)
+    writer.finish(job.checkpoint.path, config, quantization.to_json(), _facts(job, report), card)
     return report
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from bitshard.checkpoint import CARD, INDEX, REPORT, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
-from bitshard.quantconfig import QuantConfig
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 REWRITTEN = ("config.json", "quantize_config.json", INDEX, REPORT)
@@ -169,13 +168,13 @@ class Writer:
         self,
         source: Path,
         config: Mapping[str, Any],
-        quantization: QuantConfig,
+        section: Mapping[str, Any],
         report: Mapping[str, Any] | None = None,
         card: str | None = None,
     ) -> None:
         """Index, configs, the source's tokenizer and other small files, a report and a card; then the final name.
 
-        Without a card of its own it gets the source's.
+        section: of config.json, `quantization_config`. Without a card of its own it gets the source's.
         """
         try:
             weight_map, total = {}, 0
@@ -184,10 +183,9 @@ class Writer:
                     for name in file.keys():  # noqa: SIM118 - not a dict
                         weight_map[name] = file_name
                 total += (self.partial / file_name).stat().st_size
-            section = quantization.to_json()
             self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
             self._write_json("config.json", {**config, "quantization_config": section})
-            if isinstance(quantization.layout, GptqLayout):
+            if section["quant_method"] == GptqLayout.method:
                 self._write_json("quantize_config.json", section)
             if report is not None:
                 self._write_json(REPORT, report)
