@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -39,3 +40,9 @@ def refusal(*arguments: object) -> str:
     assert result.code == 1 and not result.stdout, result
     assert SENTENCE.fullmatch(sentence) and "Traceback" not in result.stderr, result.stderr
     return sentence
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])

