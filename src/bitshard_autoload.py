@@ -18,28 +18,31 @@ class Finder:
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name not in (METHODS, MODELS):
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
+        finders = [finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec")]
+        found = (finder.find_spec(name, path, target) for finder in finders)
         spec = next((spec for spec in found if spec), None)
         if spec and spec.loader:
             execute = spec.loader.exec_module
 
             def exec_module(module):  # type: ignore[no-untyped-def]
                 execute(module)
-                if name == MODELS or MODELS not in sys.modules:
-                    register()
+                if module.__name__ == MODELS or (module.__name__ == METHODS and MODELS not in sys.modules):
+                    register(last=module.__name__ == MODELS)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def register() -> None:
+def register(last: bool) -> None:
+    """last: no other chance comes, so that failing is worth a line; others use transformers for other models."""
     try:
         import bitshard.integrations.transformers  # noqa: F401
-    except ImportError as error:  # of a transformers that is too old or too new; others use it for other models
-        print(f"bitshard: transformers will not know its checkpoints here: {error}", file=sys.stderr)
+    except Exception as error:
+        if last:
+            print(f"bitshard: transformers will not know its checkpoints here: {error}", file=sys.stderr)
 
 
 if METHODS in sys.modules:
-    register()
+    register(last=True)
 elif Finder not in sys.meta_path:
     sys.meta_path.insert(0, Finder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from bitshard.checkpoint import Checkpoint
@@ -47,7 +47,6 @@ def test_nobody_imports_bitshard(tmp_path: Path) -> None:
 import sys
 assert not any(name.startswith("bitshard.") or name == "torch" for name in sys.modules)
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype="float32")
 print(type(model.model.layers[0].mlp.down_proj).__module__)
 """
@@ -169,12 +168,17 @@ def test_adapters_are_trained_saved_and_loaded(spec: QuantSpec | MixSpec, tmp_pa
         assert torch.equal(
             model.get_parameter(f"base_model.model.{name.replace('.qweight', '.base_layer.qweight')}"), tensor
         )
+    for fails in (model.base_model.model.dequantize, lambda: model.base_model.model.save_pretrained(tmp_path / "no")):
+        with pytest.raises(PlanError, match="found an adapter around it"):
+            fails()
     model.save_pretrained(tmp_path / "adapter")
     other, config = from_pretrained(path, spec), peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter", config=adapted(config, other))
     assert torch.equal(logits(again), logits(model))
     config.base_model_name_or_path = "the-model-that-was-quantized"
-    with pytest.raises(PlanError, match="adapters of the-model-that-was-quantized: found .*order of its own"):
+    with pytest.raises(
+        PlanError, match="adapters of the-model-that-was-quantized: found .*may be in an order of its own"
+    ):
         adapted(config, other)
 
 
@@ -189,9 +193,37 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, monkeypatch: pyte
         from_pretrained(path, MixSpec(), device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path)
     with pytest.raises(BitshardError, match="dequantize: found a mixture of experts"):
         from_pretrained(random_checkpoint(tmp_path / "moe", "mixtral", MixSpec()), MixSpec()).dequantize()
+    with pytest.raises(BitshardError, match="LlamaModel: found no model.layers.1.*AutoModelForCausalLM"):
+        AutoModel.from_pretrained(path)
     monkeypatch.setenv("BITSHARD_BACKEND", "nothing")
     with pytest.raises(BitshardError, match="backend: found 'nothing'"):
         from_pretrained(path, MixSpec())
+
+
+def test_scales_keep_their_dtype(tmp_path: Path) -> None:
+    """The C kernels would read what is not there."""
+    for i, spec in enumerate(SPECS):
+        model = from_pretrained(random_checkpoint(tmp_path / str(i), "llama", spec), spec)
+        expected = logits(model)
+        found = logits(model.to(torch.bfloat16)).float()
+        assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_one_config_for_several_checkpoints(tmp_path: Path) -> None:
+    config, paths = (
+        BitshardConfig(),
+        [random_checkpoint(tmp_path / str(i), "llama", spec) for i, spec in enumerate(SPECS)],
+    )
+    models = [LlamaForCausalLM.from_pretrained(path, quantization_config=config) for path in paths]
+    assert config.section == {}
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"saved{i}")
+        saved, own = (json.loads((p / "config.json").read_text()) for p in (tmp_path / f"saved{i}", paths[i]))
+        assert saved["quantization_config"] == own["quantization_config"]
+    with pytest.raises(BitshardError, match="BitshardConfig: found backendd; allowed: backend, strategy"):
+        BitshardConfig(backendd="auto")
+    with pytest.raises(BitshardError, match="strategy: found 'fast'"):
+        BitshardConfig(strategy="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="the C kernels are not built here")
@@ -205,8 +237,13 @@ def test_the_environment_names_a_kernel(tmp_path: Path, monkeypatch: pytest.Monk
 def on_a_rank(paths: list[str]) -> list[torch.Tensor]:
     """As under torchrun."""
     torch.set_num_threads(1)
-    plan = DistributedConfig(tp_size=2, tp_plan="auto")
-    return [logits(from_pretrained(Path(path), backend="exact", distributed_config=plan)) for path in paths]
+    plan, found = DistributedConfig(tp_size=2, tp_plan="auto"), []
+    for path in paths:
+        model = from_pretrained(Path(path), backend="exact", distributed_config=plan)
+        found.append(logits(model))
+        with pytest.raises(PlanError, match="gradients: found a model on 2 ranks"):
+            model(token_ids(96), use_cache=False).logits.sum().backward()
+    return found
 
 
 def test_transformers_own_plan_on_two_ranks(tmp_path: Path) -> None:

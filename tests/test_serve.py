@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "engine: found 'sglang'; allowed: transformers or vllm" in refusal("serve", path, "--engine", "sglang")
     assert "--tp: found 2 ranks; allowed: 1 with transformers' server" in refusal("serve", path, "--tp", 2)
     assert "nothing" in refusal("serve", tmp_path / "nothing")
+    old = random_checkpoint(tmp_path / "old", "llama", QuantSpec(4, 16))
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    assert "in a file of its own; allowed: one that transformers sees" in refusal("serve", old)
     monkeypatch.setitem(ENGINES, "vllm", (("no_such_engine",), "install vLLM"))
     with pytest.raises(BitshardError, match="engine: found vllm without no_such_engine.*install vLLM"):
         ServeOptions("vllm")

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bitshard import __version__
-from bitshard.checkpoint import CARD
+from bitshard.checkpoint import CARD, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import GptqLayout
 from bitshard.quantconfig import QuantConfig
 from bitshard.spec import QuantSpec
 
 NOTHING = "Nothing yet: `bitshard eval FOLDER --text FILE --against SOURCE --card` adds a line here.\n"
-COLUMNS = ("text", "context", "windows", "perplexity", "16-bit", "KL", "same top token", "bitshard")
+COLUMNS = (
+    "text",
+    "context",
+    "stride",
+    "windows",
+    "backend",
+    "perplexity",
+    "16-bit",
+    "KL",
+    "same top token",
+    "bitshard",
+)
+KEPT = re.compile(r"^(?:license|license_name|license_link|language): .+$", re.MULTILINE)  # of the source's own card
 
 
-def model_card(quantization: QuantConfig, average_bits: float, errors: Mapping[str, float]) -> str:
+def model_card(source_folder: Path, quantization: QuantConfig, average_bits: float, errors: Mapping[str, float]) -> str:
     """The card of a checkpoint. errors: of each matrix's outputs, relative, on the calibration text."""
     provenance = quantization.section["provenance"]
     source, layout = provenance["source"], quantization.layout
@@ -35,16 +49,21 @@ def model_card(quantization: QuantConfig, average_bits: float, errors: Mapping[s
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     base = f"base_model: {source}\n" if source.count("/") == 1 else ""
-    ordinary = isinstance(quantization.spec, QuantSpec) and not quantization.spec.desc_act
-    config = ", quantization_config=BitshardConfig()" if isinstance(layout, GptqLayout) else ""
-    method = ', quantization="bitshard"' if isinstance(layout, GptqLayout) else ""
-    plain = (
-        "It is an ordinary GPTQ file, for any engine that reads these; with bitshard's kernels:\n\n" if ordinary else ""
-    )
+    gptq = isinstance(layout, GptqLayout)
+    config = ", quantization_config=BitshardConfig()" if gptq else ""
+    imported = "from bitshard.integrations.transformers import BitshardConfig\n" if gptq else ""
+    method = ', quantization="bitshard"' if gptq else ""
+    plain = ""
+    if isinstance(layout, GptqLayout) and isinstance(quantization.spec, QuantSpec) and not quantization.spec.desc_act:
+        version = "" if layout.zeros_version == 1 else " of version 2 (`gptq_v2`)"
+        plain = f"It is an ordinary GPTQ file{version}, for any engine that reads these; with bitshard's kernels:\n\n"
+    original = source_folder / CARD
+    head = original.read_text(encoding="utf-8", errors="ignore").split("\n---", 1)[0] if original.is_file() else ""
+    kept = "".join(f"{line}\n" for line in KEPT.findall(head) if head.startswith("---"))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-{base}tags: [bitshard, {layout.name}]
+{base}{kept}tags: [bitshard, {layout.name}]
 ---
 
 # {source.rpartition("/")[2]}, {average_bits:.2f} bits
@@ -62,9 +81,8 @@ bitshard serve FOLDER
 
 ```python
 from transformers import AutoModelForCausalLM
-from bitshard.integrations.transformers import BitshardConfig
-
-AutoModelForCausalLM.from_pretrained("FOLDER"{config})  # backend="auto" in BitshardConfig is the fastest
+{imported}
+AutoModelForCausalLM.from_pretrained("FOLDER"{config})
 
 from vllm import LLM
 
@@ -78,27 +96,35 @@ LLM("FOLDER"{method})
 
 def require_card(folder: Path) -> str:
     """The text of a checkpoint's card; CheckpointError where there is none that a measurement can be added to."""
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if "\n## Measured\n" not in text:
-        raise CheckpointError(
-            str(path), "no section Measured" if text else "no such file", "the card that `bitshard quantize` wrote",
-            "leave --card out",
-        )  # fmt: skip
+    path, found = folder / CARD, ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = "" if "\n## Measured\n" in text else "no section Measured"
+    except (OSError, UnicodeDecodeError) as error:
+        found = reason(error)
+    if not found and not os.access(path, os.W_OK):
+        found = "a file that cannot be written"
+    if found:
+        raise CheckpointError(str(path), found, "the card that `bitshard quantize` wrote", "leave --card out")
     return text
 
 
-def add_measurement(folder: Path, text: Path, found: Mapping[str, Any]) -> None:
+def add_measurement(folder: Path, text: Path, backend: str, found: Mapping[str, Any]) -> None:
     """A line of the card's last table: what `bitshard eval` found on a text, evaluate.Perplexity as a mapping."""
     card = require_card(folder)
-    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    table = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     against = found["divergence"]
     values = (
-        text.name, found["context"], found["windows"], f"{found['perplexity']:.2f}",
+        text.name.replace("|", "\\|"), found["context"], found["stride"], found["windows"], backend,
+        f"{found['perplexity']:.2f}",
         f"{against['reference_perplexity']:.2f}" if against else "",
         f"{against['mean_kl']:.3f}" if against else "",
         f"{against['top1_agreement']:.1%}" if against else "",
         __version__,
     )  # fmt: skip
+    before, heading, after = card.replace(NOTHING, table).partition("\n## Measured\n")
+    measured, more, rest = after.partition("\n## ")
     row = f"| {' | '.join(map(str, values))} |\n"
-    (folder / CARD).write_text(card.replace(NOTHING, head).rstrip("\n") + "\n" + row, encoding="utf-8")
+    written = folder / f"{CARD}.partial"  # and not through a link, which another snapshot may share
+    written.write_text(before + heading + measured.rstrip("\n") + "\n" + row + more + rest, encoding="utf-8")
+    written.replace(folder / CARD)

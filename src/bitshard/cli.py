@@ -546,8 +546,6 @@ def evaluate(
     lines: list[str | Table] = []
     if report.text:
         lines += _perplexity_lines(report.text, against)
-        if card and text is not None:
-            add_measurement(path, text, asdict(report.text))
     if report.tasks:
         table = _columns(None, "task", "metric", "value", "+/-", "documents", "shots", left=["task", "metric"])
         for score in report.tasks:
@@ -556,6 +554,8 @@ def evaluate(
             table.add_row(score.task, score.metric, f"{score.value:.4f}", error, *counts)
         lines.append(table)
     _emit(report, as_json, *lines)
+    if card and text is not None and report.text:
+        add_measurement(path, text, backend, asdict(report.text))
 
 
 def _perplexity_lines(report: Perplexity, against: str | None) -> list[str]:

@@ -80,6 +80,16 @@ class PackedLinear(nn.Module):
         """Which one runs. Raises SpecError when it is to be one that cannot."""
         return choose(self.layout_name, self.arrangement, dtype, tokens, self.backend)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        """`model.to(dtype)` leaves scales as they are: kernels read them in the dtype they were arranged in."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def replace(self, **tensors: torch.Tensor | None) -> None:
         """Other tensors, or none, under the public names."""
         for name, tensor in tensors.items():

@@ -259,7 +259,8 @@ def quantize(
     report = _report(job, out, state["solved"], state["tuned"])
     overrides = tuple((re.escape(name) + "$", {"fraction_4bit": own.fraction_4bit}) for name, own in job.specs.items())
     quantization = QuantConfig(spec, job.layout, overrides, section)
-    card = model_card(quantization, report.average_bits, {m.name: m.relative_error for m in report.matrices})
+    errors = {m.name: m.relative_error for m in report.matrices}
+    card = model_card(job.checkpoint.path, quantization, report.average_bits, errors)
     writer.finish(job.checkpoint.path, config, quantization.to_json(), _facts(job, report), card)
     return report
 
@@ -386,8 +387,8 @@ def _with_fraction(job: _Job, fraction_4bit: float) -> MixSpec:
 def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
     """Bytes of each matrix by its fraction of 4-bit strips, in FRACTIONS' order, and how many all may have together.
 
-    So many for each weight; where blocks that are filled up leave no room for that, for each of their places. Raises
-    SpecError when the smallest ones are too many.
+    So many for each weight; by default, where blocks that are filled up leave no room for that, for each of their
+    places. Raises SpecError when the smallest ones are too many.
     """
     sizes, weights, places = {}, 0, 0
     for layer in range(job.sizes.layers):
@@ -397,8 +398,8 @@ def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
             weights += k * n
             places += ceil(k / BLOCK) * BLOCK * n
     least, budget = sum(map(min, sizes.values())), int(average_bits * weights / 8)
-    if least > budget:
-        weights, budget = places, int(average_bits * places / 8)
+    if least > budget and average_bits == MIX_RECIPE.average_bits:
+        budget = int(average_bits * places / 8)
     if least > budget:
         default = ", the default" if average_bits == MIX_RECIPE.average_bits else ""
         raise SpecError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import SpecError
+from bitshard.errors import FormatError, SpecError
 from bitshard.integrations.transformers import BACKEND, EVERY_GPTQ
 from bitshard.kernels import require_backend
 
@@ -54,6 +54,11 @@ def command(path: Path, options: ServeOptions) -> tuple[list[str], dict[str, str
     environment = dict(os.environ)
     if checkpoint.quantization is not None:
         checkpoint.check_matrices()
+        if options.engine == "transformers" and "quantization_config" not in checkpoint.config:
+            raise FormatError(
+                str(path / "config.json"), "no quantization_config, which stands in a file of its own",
+                "one that transformers sees", f"bitshard convert {path} {path}-tp, and serve that",
+            )  # fmt: skip
         environment |= {BACKEND: options.backend, EVERY_GPTQ: "1"}
     where = ["--host", options.host, "--port", str(options.port)]
     if options.engine == "vllm":
@@ -64,6 +69,7 @@ def command(path: Path, options: ServeOptions) -> tuple[list[str], dict[str, str
         own += ["--tensor-parallel-size", str(options.tp_size), *method]
     else:
         # a processor's float32 is faster than its bfloat16, and what everything here is compared with
-        dtype = [] if torch.cuda.is_available() or "--dtype" in options.extra else ["--dtype", "float32"]
+        chosen = torch.cuda.is_available() or any(option.startswith("--dtype") for option in options.extra)
+        dtype = [] if chosen else ["--dtype", "float32"]
         own = ["transformers.cli.transformers", "serve", str(path), *dtype]
     return [sys.executable, "-m", *own, *where, *options.extra], environment

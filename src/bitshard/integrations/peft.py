@@ -26,19 +26,20 @@ class LoraLinear(GPTQLoraLinear):  # type: ignore[misc]
 def adapted(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """`config`, that PEFT can apply it to this model, which the adapters must have been made for.
 
-    Those of the model that a checkpoint was made of do not fit it: its channels are in another order. Raises PlanError
-    for these, and for a model on several ranks.
+    Those of the model that a checkpoint was made of would not fit where its channels are in another order. Raises
+    PlanError for adapters of anything else than this checkpoint, and for a model on several ranks.
     """
     made_for = config.base_model_name_or_path
     if made_for and not _same(made_for, model.name_or_path):
         raise PlanError(
-            f"adapters of {made_for}", f"{model.name_or_path}, whose channels are in an order of its own",
+            f"adapters of {made_for}", f"{model.name_or_path}, whose channels may be in an order of its own",
             "adapters that were trained on this checkpoint", "train them on it: bitshard's layers give gradients",
         )  # fmt: skip
     if (ranks := getattr(model, "_tp_size", None) or 1) > 1:
         raise PlanError("adapters", f"a model on {ranks} ranks", "one rank", "load it without a plan")
     if config.target_modules == "all-linear":  # PEFT looks for names of classes that it knows
-        packed = (name for name, module in model.named_modules() if isinstance(module, PackedLinear))
+        head = model.get_output_embeddings()  # rounded for `auto`
+        packed = (n for n, module in model.named_modules() if isinstance(module, PackedLinear) and module is not head)
         config.target_modules = {name.rpartition(".")[2] for name in packed}
     config._register_custom_module({QuantLinear: LoraLinear, Mix64Linear: LoraLinear})
     return config

@@ -13,6 +13,8 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +36,7 @@ from bitshard.kernels import require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.mixed import MixedWeight
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
-from bitshard.parallel import Strategy
+from bitshard.parallel import Strategy, parse_strategy
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -135,8 +137,11 @@ class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, backend: str | None = None, strategy: Strategy = "tp-aware", **section: Any) -> None:
         self.quant_method = "bitshard"
-        self.backend, self.strategy, self.section = backend or os.environ.get(BACKEND, "exact"), strategy, section
+        self.backend, self.strategy = backend or os.environ.get(BACKEND, "exact"), parse_strategy(strategy)
         require_backend(self.backend)
+        if section and "quant_method" not in section:  # what it was called with, not what config.json says
+            raise SpecError("BitshardConfig", next(iter(section)), "backend, strategy", "leave it out")
+        self.section = section
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.section)
@@ -148,12 +153,13 @@ class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         transformers would take the checkpoint's, or refuse two of different classes, and has no way to say otherwise.
         """
         section = section if isinstance(section, dict) else section.to_dict()
-        if given is None and section.get("quant_method") == "gptq" and os.environ.get(EVERY_GPTQ):
+        if given is None and section.get("quant_method") == "gptq" and os.environ.get(EVERY_GPTQ, "0") != "0":
             given = cls()
         if not isinstance(given, cls):
             return merge_quantization_configs(section, given)
-        given.section = section
-        return given
+        merged = copy(given)  # which may be given for another checkpoint, too
+        merged.section = section
+        return merged
 
 
 merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
@@ -166,7 +172,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: BitshardConfig, **kwargs: Any) -> None:
         # older GPTQ files say nothing in config.json, which transformers takes for a model yet to be quantized
-        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+        super().__init__(copy(quantization_config), **{**kwargs, "pre_quantized": True})
         self.hooks = list[RemovableHandle]()
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -182,6 +188,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):  # not transformers' meta device
             self._open(model, checkpoint_files or ())
         arch, self.dtype = self.plan.arch, model.dtype
+        self._require_model(model)
         modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         with torch.device("meta"):
@@ -211,6 +218,16 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         self.tp_size = distributed.tp_size if distributed else 1
         if self.tp_size > 1:
             require_degree(self.plan, self.tp_size, self.quantization_config.strategy)
+
+    def _require_model(self, model: nn.Module) -> None:
+        """The causal language model of this checkpoint, with all its blocks."""
+        try:
+            model.get_submodule(f"{self.plan.arch.blocks}.{self.plan.sizes.layers - 1}")
+        except AttributeError:
+            raise PlanError(
+                type(model).__name__, f"no {self.plan.arch.blocks}.{self.plan.sizes.layers - 1}",
+                "the causal language model that the checkpoint is of", "use AutoModelForCausalLM",
+            ) from None  # fmt: skip
 
     def _replace_experts(self, model: nn.Module, layer: int) -> None:
         arch, sizes = self.plan.arch, self.plan.sizes
@@ -335,7 +352,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         """One gather of the norm's output instead of one in each matrix that reads it."""
         perm = hoist_gather([block.get_submodule(name) for name in consumers])
         if perm is not None:
-            hook = block.get_submodule(norm).register_forward_hook(lambda module, args, out: out[..., perm])
+            hook = block.get_submodule(norm).register_forward_hook(partial(_gathered, perm))
             self.hooks.append(hook)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -357,6 +374,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: packed tensors as the checkpoint has them; here they are in other orders."""
+        self._require_no_adapters(model)
         packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
         own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(packed)}
         names = [name for name in self.checkpoint.files if name.startswith(packed)]
@@ -367,6 +385,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.tp_size > 1 or self.plan.arch.mlp.experts:
             found = f"a model on {self.tp_size} ranks" if self.tp_size > 1 else "a mixture of experts"
             raise PlanError("dequantize", found, "one rank, one MLP a block", "quantize from the 16-bit model instead")
+        self._require_no_adapters(model)
         for name in self.checkpoint.matrices():
             old = model.get_submodule(name)
             weight, bias = self.checkpoint.weight(name), self.checkpoint.matrix_tensors(name).get("bias")
@@ -382,7 +401,15 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             read = self.checkpoint.tensor(own).to(shared) if own in self.checkpoint.files else shared.detach()
             model.set_output_embeddings(_dense(read, None))
             model.tie_weights()
-        return model
+        return cast(PreTrainedModel, model.to(dtype))
+
+    def _require_no_adapters(self, model: nn.Module) -> None:
+        for name in self.checkpoint.matrices():
+            if not isinstance(model.get_submodule(name), PackedLinear):
+                raise PlanError(
+                    name, "an adapter around it", "the matrix alone",
+                    "save adapters by PEFT's own save_pretrained, or take them off first: unload()",
+                )  # fmt: skip
 
 
 def _dense(W_NK: torch.Tensor, bias_N: torch.Tensor | None) -> nn.Linear:
@@ -393,6 +420,10 @@ def _dense(W_NK: torch.Tensor, bias_N: torch.Tensor | None) -> nn.Linear:
     if bias_N is not None:
         linear.bias = nn.Parameter(bias_N)
     return linear
+
+
+def _gathered(perm: torch.Tensor, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return out[..., perm]
 
 
 def _to_local(linear: PackedLinear) -> None:

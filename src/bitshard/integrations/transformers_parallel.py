@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -72,6 +73,23 @@ def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Place
         module._parameters[name] = nn.Parameter(sharded, requires_grad=False)
 
 
+class _OneWay(torch.autograd.Function):
+    """The input of a matrix that is cut: its gradient would be a sum over ranks that nobody takes here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise PlanError("gradients", f"a model on {dist.get_world_size()} ranks", "one rank", "load it without a plan")
+
+
+def _one_way(args: Any) -> Any:
+    x = args[0]
+    return (_OneWay.apply(x), *args[1:]) if x.requires_grad else args  # type: ignore[no-untyped-call]
+
+
 class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
     """Column-parallel: output channels are cut, the input is replicated. Dense matrices are cut by transformers."""
 
@@ -88,7 +106,7 @@ class ColumnStyle(ColwiseParallel):  # type: ignore[misc]
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
         if isinstance(module, PackedLinear):
-            return args, kwargs
+            return _one_way(args), kwargs
         return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
 
 
@@ -108,6 +126,7 @@ class RowStyle(RowwiseParallel):  # type: ignore[misc]
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
         if isinstance(module, PackedLinear):
+            args = _one_way(args)
             if module.cut == "sorted":
                 assert isinstance(module, QuantLinear) and module.sorted_perm is not None
                 return (gather_permute_chunk(args[0], module.sorted_perm, mesh.get_group()), *args[1:]), kwargs
