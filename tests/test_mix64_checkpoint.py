@@ -316,6 +316,7 @@ def test_plan_counts_the_same_before_and_after(tmp_path: Path) -> None:
     del dense["quantization_config"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(dense))
     before = json.loads(bitshard("plan", tmp_path / "dense", "--json").stdout)
+    assert before.pop("quantized") is False and after.pop("quantized") is True
     assert before["spec"] == vars(SPEC) and before | {"model": ""} == after | {"model": ""}
     assert 2.9 < before["average_bits"] < 2.91
     assert "format: found 'awq'" in refusal("plan", path, "--format", "awq")

@@ -590,10 +590,10 @@ REFUSED_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "ranges": ({"ranges": "mse"}, "ranges: found 'mse'; allowed: search or minmax"),
     "outliers below 0": ({"outliers": -0.1}, "outliers: found -0.1; allowed: a share of all weights from 0 to 0.05"),
     "too many outliers": ({"outliers": 0.06}, "outliers: found 0.06"),
-    "budget of nothing": ({"average_bits": 0}, "average_bits: found 0; allowed: more than 0"),
+    "budget of nothing": ({"average_bits": 0}, "average_bits: found 0; allowed: about 2.41"),
     "more than there is": (
         {"average_bits": 9.0},
-        "average_bits: found 9.0; allowed: more than 0 and at most 5: 4 bits",
+        "average_bits: found 9.0; allowed: about 2.41, 2 bits for all strips, to 5",
     ),
     "budget NaN": ({"average_bits": float("nan")}, "average_bits: found nan"),
     "endless budget": ({"average_bits": float("inf")}, "average_bits: found inf"),
