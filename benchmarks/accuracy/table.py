@@ -55,7 +55,8 @@ def main() -> None:
     by_model: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         row = json.loads(path.read_text())
-        by_model.setdefault(row["model"], []).append(row)
+        if "row" in row:  # else blocks.py has written it
+            by_model.setdefault(row["model"], []).append(row)
     for model in sys.argv[1:] or by_model:
         tasks = [row for row in by_model[model] if "tasks" in row]
         rows = [row for row in by_model[model] if row not in tasks]
