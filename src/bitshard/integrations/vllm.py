@@ -32,7 +32,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from bitshard.errors import PlanError
 from bitshard.kernels import require_backend
-from bitshard.layout import Layout
+from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
 from bitshard.quantconfig import QuantConfig, parse_quant_config
@@ -138,8 +138,9 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         layer.loaded = [dict[str, torch.Tensor]() for _ in self.specs]
         for suffix in self._suffixes:
-            # empty: how large a matrix's tensors are, and which it has, only the file says
-            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            # empty: how large a matrix's tensors are, and which it has, only the file says; vLLM warns of other dtypes
+            dtype = params_dtype if suffix == "scales" else Mix64Layout.dtypes.get(suffix, torch.int32)
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(_keep, layer, suffix)})
             layer.register_parameter(suffix, parameter)
 
