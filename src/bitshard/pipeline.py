@@ -64,9 +64,8 @@ from bitshard.spec import (
     QuantSpec,
     codes_per_pack,
 )
-from bitshard.writer import Task, Writer
+from bitshard.writer import OUTSIDE, Task, Writer, block_shard
 
-OUTSIDE = "outside the blocks"
 ORDER_FILE = "order.safetensors"
 ORDER_SAMPLES = 8  # segments that an order is chosen from; four times as many move perplexity by less than 1 %
 
@@ -240,7 +239,7 @@ def quantize(
             "calibration text or tokenizer": hashlib.sha256(tokens_SL.numpy().tobytes()).hexdigest(),
         },
     )  # fmt: skip
-    writer = Writer(out, [OUTSIDE, *map(_shard, range(job.sizes.layers))], task, job.layout.name)
+    writer = Writer(out, [OUTSIDE, *map(block_shard, range(job.sizes.layers))], task, job.layout.name)
     if recipe.order == "model" or recipe.average_bits:
         order, activity = _order(job, writer, tokens_SL[: min(ORDER_SAMPLES, job.samples)], device, progress)
         if recipe.order == "model":
@@ -437,10 +436,6 @@ def _resume(job: _Job, models: Sequence[BlockwiseModel], tokens_SL: torch.Tensor
     return 0, {"hidden": hidden_SLH, **facts} | ({"exact": exact[0]} if exact else {})
 
 
-def _shard(layer: int) -> str:
-    return f"block {layer}"
-
-
 def _state(layer: int) -> str:
     """The file with the inputs of a block, and what is known of the matrices before it."""
     return f"inputs-{layer}.safetensors"
@@ -448,7 +443,7 @@ def _state(layer: int) -> str:
 
 def _blocks_done(writer: Writer, layers: int) -> int:
     """Up to the last state there is; that of the first missing shard, unless it or an earlier shard was damaged."""
-    shards = next((layer for layer in range(layers) if not writer.has(_shard(layer))), layers)
+    shards = next((layer for layer in range(layers) if not writer.has(block_shard(layer))), layers)
     return next((done for done in range(shards, 0, -1) if (writer.partial / _state(done)).exists()), 0)
 
 
@@ -514,7 +509,7 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
     solved = torch.tensor([rows[name] for name, _ in job.plan.linears(layer)], dtype=torch.float64)
     after["solved"] = torch.cat([state["solved"], solved])
     writer.write_state(_state(layer + 1), after)
-    writer.write(_shard(layer), tensors)
+    writer.write(block_shard(layer), tensors)
     (writer.partial / _state(layer)).unlink(missing_ok=True)
     return after
 

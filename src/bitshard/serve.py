@@ -13,8 +13,8 @@ import torch
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import FormatError, SpecError
-from bitshard.integrations.transformers import BACKEND, EVERY_GPTQ
-from bitshard.kernels import require_backend
+from bitshard.integrations.transformers import EVERY_GPTQ
+from bitshard.kernels import BACKEND, require_backend
 
 # what each engine's server needs, and what installs it
 ENGINES = {

@@ -28,6 +28,7 @@ from bitshard.layout import FORMAT_VERSION, GptqLayout
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 REWRITTEN = ("config.json", "quantize_config.json", INDEX, REPORT)
+OUTSIDE = "outside the blocks"  # the shard of all that no decoder block has
 TASK = "task.json"  # what a partial folder is the beginning of
 OURS = "bitshard"  # the key in it that nobody else's has
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +59,11 @@ class Task:
         differ = [f"{n} {mine.get(n)}, not {its.get(n)}" for n in names if mine.get(n) != its.get(n)]
         another = [f"another {name}" for name, digest in other.digests.items() if self.digests.get(name) != digest]
         return "; ".join(differ or another)
+
+
+def block_shard(layer: int) -> str:
+    """The shard of one decoder block."""
+    return f"block {layer}"
 
 
 class Writer:

@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, PlanError, SpecError
 from bitshard.integrations.transformers_parallel import require_degree, tp_plan
-from bitshard.kernels import require_backend
+from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.mixed import MixedWeight
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
@@ -41,8 +41,9 @@ from bitshard.spec import STRIP, MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-# environment, for programs that pass no config on: a name of kernels.BACKENDS; anything, to run GPTQ checkpoints too
-BACKEND, EVERY_GPTQ = "BITSHARD_BACKEND", "BITSHARD_GPTQ"
+EVERY_GPTQ = (
+    "BITSHARD_GPTQ"  # environment: anything but 0 runs GPTQ checkpoints too, of programs that pass no config on
+)
 
 
 def load(
@@ -147,12 +148,11 @@ class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return dict(self.section)
 
     @classmethod
-    def merged(cls, section: dict[str, Any] | QuantizationConfigMixin, given: Any) -> Any:
+    def merged(cls, section: dict[str, Any], given: Any) -> Any:
         """Of a checkpoint's config and what `from_pretrained` was given, what counts: ours, of whatever method.
 
         transformers would take the checkpoint's, or refuse two of different classes, and has no way to say otherwise.
         """
-        section = section if isinstance(section, dict) else section.to_dict()
         if given is None and section.get("quant_method") == "gptq" and os.environ.get(EVERY_GPTQ, "0") != "0":
             given = cls()
         if not isinstance(given, cls):
@@ -285,10 +285,8 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         return "sorted" if self.quantization_config.strategy == "naive" else "gathered"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(
-                self.dtypes[name]
-            )  # transformers 5.17 leaves Mixtral's routers as they come
+        for name, parameter in model.named_parameters():  # transformers 5.17 leaves Mixtral's routers as they come
+            parameter.data = parameter.data.to(self.dtypes[name])
         names = {self.plan.arch.module_name(name): name for name in self.checkpoint.matrices()}
         slow = defaultdict[str, list[str]](list)
         for module_name, name in names.items():

@@ -31,7 +31,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 from bitshard.errors import PlanError
-from bitshard.kernels import require_backend
+from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
@@ -40,7 +40,6 @@ from bitshard.spec import MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "BITSHARD_BACKEND"  # environment: a name of kernels.BACKENDS
 reported = set[str]()  # why plain torch runs matrices
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the matrices in qkv_proj
 

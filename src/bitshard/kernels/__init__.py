@@ -79,6 +79,7 @@ KERNELS = (  # in order of preference
     Kernel("reference", ("file", "cpu", "gpu"), lambda: "", dtypes=(*HALVES, torch.float32, torch.float64)),
 )
 BACKENDS = ("exact", "auto", *(kernel.name for kernel in KERNELS))
+BACKEND = "BITSHARD_BACKEND"  # environment: one of them, for programs that pass no config on
 
 torch.library.define(
     "bitshard::gptq_linear",
