@@ -59,10 +59,13 @@ def load() -> float:
 
 
 def _commit() -> str | None:
+    """The commit, and `-dirty` where anything but results, which a run itself writes, differs from it."""
     if not (REPOSITORY / ".git").exists():
         return None
-    describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
+    git = ["git", "-C", str(REPOSITORY)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!benchmarks/results"], check=False).returncode
+    return commit.stdout.strip() + "-dirty" * bool(changed) or None
 
 
 def _cpu_model() -> str:
