@@ -315,7 +315,7 @@ def test_more_damping_where_it_is_needed() -> None:
 def test_a_factor_without_damping_retries_too() -> None:
     H_KK = torch.eye(16)
     H_KK[0, 1] = H_KK[1, 0] = 1.05
-    U_KK, damp = inverse_factor(H_KK, "w", 0.0)
+    U_KK, damp = inverse_factor(H_KK, torch.arange(len(H_KK)), "w", 0.0)
     assert damp == pytest.approx(0.1) and U_KK.isfinite().all()
 
 
@@ -430,7 +430,7 @@ def test_panels_change_nothing(k: int) -> None:
     torch.testing.assert_close(found.matrix(), X_TK.T @ X_TK / k)
     W_NK = weights(6, k, 0)
     assert squared_outputs(W_NK, found.matrix()) == pytest.approx(float((X_TK @ W_NK.T).square().sum()) / k, rel=1e-4)
-    U_KK, damp = inverse_factor(found.matrix(), "w", DAMP)
+    U_KK, damp = inverse_factor(found.matrix(), torch.arange(k), "w", DAMP)
     damped_KK = found.matrix().double() + damp * found.matrix().diagonal().mean() * torch.eye(k)
     assert torch.equal(U_KK, U_KK.triu())
     torch.testing.assert_close(U_KK.double().T @ U_KK.double() @ damped_KK, torch.eye(k).double(), atol=1e-3, rtol=0)

@@ -4,10 +4,10 @@ First the model is put in order (ordering.choose_order), so that what follows me
 each block is solved in the order its matrices are used ("true sequential"): q, k, v together, then o, then gate and up,
 then down, each from the outputs of what is already quantized. A block is run up to the matrices in question and no
 further, and what leads to inputs that are known already is left out, so all four steps cost little more than one pass
-over it. The 16-bit block runs beside it on the 16-bit model's own hidden states where weights are to make up for what
+over it. Before that the 16-bit block runs on the 16-bit model's own hidden states where weights are to make up for what
 the blocks before have changed (`MixRecipe.correct`).
 
-Memory: one block in float32, or two; one stage's Hessians (of a mixture: all experts') and what solving makes of them;
+Memory: one block in float32; one stage's Hessians (of a mixture: all experts'), and three times one where it is solved;
 the calibration's hidden states, what o and down read, and what the 16-bit block's matrices read or gave. Tuning needs
 21 bytes more for each of a block's weights.
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from bitshard import __version__
-from bitshard.blockwise import BlockwiseModel, Watcher, own_tensors, require_finite
+from bitshard.blockwise import BlockwiseModel, Watcher, own_tensors, require_finite, trim
 from bitshard.card import model_card
 from bitshard.checkpoint import Checkpoint
 from bitshard.edit import BlockEdit
@@ -220,18 +220,15 @@ def quantize(
         "recipe": vars(recipe),
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [
-        BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device, job.fast)
-        for _ in range(1 + recipe.correct)
-    ]
-    provenance["bfloat16"] = models[0].bfloat16
+    blocks = BlockwiseModel(job.checkpoint, job.sizes, job.config_updates, device, job.fast)
+    provenance["bfloat16"] = blocks.bfloat16
     if recipe.average_bits:
         _budget(job, recipe.average_bits)  # refused here, before anything is written
     own = {key: value for key, value in vars(calibration).items() if key != "path"}
     task = Task(
         {
             "verb": "quantize", "layout": job.layout.name, **vars(spec), **vars(recipe), **own, "max_tp": max_tp,
-            "device": device.type, "bfloat16": models[0].bfloat16, "bitshard": __version__,
+            "device": device.type, "bfloat16": blocks.bfloat16, "bitshard": __version__,
             "format version": FORMAT_VERSION,
         },
         {
@@ -249,10 +246,10 @@ def quantize(
             job = replace(job, specs=_allocate(job, activity, recipe.average_bits, progress))
     if not writer.has(OUTSIDE):
         writer.write(OUTSIDE, job.read_outside(job.checkpoint.names_outside_blocks()))
-    done, state = _resume(job, models, tokens_SL, writer)
+    done, state = _resume(job, blocks, tokens_SL, writer)
     label = f"quantizing, {done} of {job.sizes.layers} done before" if done else "quantizing"
     for layer in progress(range(done, job.sizes.layers), label):
-        state = _quantize_block(job, models, writer, layer, state)
+        state = _quantize_block(job, blocks, writer, layer, state)
     section = {"version": FORMAT_VERSION, "layout": job.layout.name, "provenance": provenance}
     config = {**job.checkpoint.config, **job.config_updates}
     report = _report(job, out, state["solved"], state["tuned"])
@@ -374,6 +371,7 @@ def _allocate(
             stored = ceil(linear.in_features / BLOCK) * BLOCK
             W_NK, active_K = (F.pad(values, (0, stored - values.shape[-1])) for values in (W_NK, active_K))
             errors.append(relative_errors(W_NK, active_K))
+        trim()
     chosen = spend(errors, list(sizes.values()), budget)
     return {name: _with_fraction(job, FRACTIONS[choice]) for name, choice in zip(sizes, chosen, strict=True)}
 
@@ -425,15 +423,15 @@ def _digest(order: ModelOrder) -> str:
     return digest.hexdigest()
 
 
-def _resume(job: _Job, models: Sequence[BlockwiseModel], tokens_SL: torch.Tensor, writer: Writer) -> tuple[int, State]:
+def _resume(job: _Job, model: BlockwiseModel, tokens_SL: torch.Tensor, writer: Writer) -> tuple[int, State]:
     """How many blocks an earlier run finished, and the state that the next one starts from."""
-    hidden_SLH, *exact = [model.embed(tokens_SL, job.read_outside) for model in models]
+    hidden_SLH = model.embed(tokens_SL, job.read_outside)
     done = _blocks_done(writer, job.sizes.layers)
     if done:
         # cloned: where a mapped tensor lies, and so the last bit of a product, differs from the uninterrupted run's
         return done, {name: tensor.clone() for name, tensor in load_file(writer.partial / _state(done)).items()}
     facts = {"solved": torch.empty(0, 6, dtype=torch.float64), "tuned": torch.empty(0, 2, dtype=torch.float64)}
-    return 0, {"hidden": hidden_SLH, **facts} | ({"exact": exact[0]} if exact else {})
+    return 0, {"hidden": hidden_SLH, **facts} | ({"exact": hidden_SLH} if job.recipe.correct else {})
 
 
 def _state(layer: int) -> str:
@@ -458,17 +456,15 @@ def _stages(arch: Architecture, sizes: Shapes) -> list[list[tuple[str, ...]]]:
     ]
 
 
-def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer, layer: int, state: State) -> State:
+def _quantize_block(job: _Job, model: BlockwiseModel, writer: Writer, layer: int, state: State) -> State:
     """Quantize every matrix of one block, write its shard, and return the state that the next block starts from."""
     tensors, rows, after = job.read_block(layer), dict[str, list[float]](), dict(state)
-    model, arch = models[0], job.checkpoint.arch
+    arch = job.checkpoint.arch
     model.load(layer, tensors)
     exact: dict[str, list[torch.Tensor]] = {}
     if job.recipe.correct:
-        models[1].load(layer, tensors)
-        exact, after["exact"] = _run_exact(models[1], layer, state["exact"])
+        exact, after["exact"] = _run_exact(model, layer, state["exact"])
         require_finite(f"{arch.blocks}.{layer}: outputs", after["exact"])
-        models[1].unload(layer)
     learned_SLH, known = state["hidden"][: job.samples], dict[str, torch.Tensor]()
     untuned, originals = dict[str, MixedWeight](), dict[str, torch.Tensor]()  # kept for tuning alone
 
@@ -478,23 +474,26 @@ def _quantize_block(job: _Job, models: Sequence[BlockwiseModel], writer: Writer,
         rows[full].append(sum(tensor.nbytes for tensor in packed.values()))
 
     for stage in _stages(arch, job.sizes):
+        trim()
         hessians = _hessians(model, layer, learned_SLH, [names[0] for names in stage], exact, known)
-        for names, hessian in zip(stage, hessians, strict=True):
+        for names in stage:
+            hessian = hessians.pop(0)
             linears = [model.linear(layer, name) for name in names]
             wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]))
             wanted = torch.split(wanted_NK, [linear.out_features for linear in linears])
-            H_KK = hessian.matrix()
+            H_KK, reached = hessian.matrix(), hessian.count > 0
+            del hessian  # solving takes three times as much
             for name, linear, W_NK in zip(names, linears, wanted, strict=True):
                 full = f"{arch.blocks}.{layer}.{name}"
                 weight, dequantized, report = _solve(job, W_NK, H_KK, full)
                 linear.weight.copy_(dequantized)
                 original = tensors.pop(f"{full}.weight")
-                rows[full] = [report.relative_error, report.damp, report.dead, not hessian.count, report.share_4bit]
+                rows[full] = [report.relative_error, report.damp, report.dead, not reached, report.share_4bit]
                 if job.recipe.tune and isinstance(weight, MixedWeight):
                     untuned[name], originals[name] = weight, original
                 else:
                     store(name, weight)
-        del hessians, hessian, H_KK, wanted_NK, wanted, W_NK
+        del H_KK, wanted_NK, wanted, W_NK
     if job.recipe.tune:
         known = {}  # down's inputs will be others
         parameters = {name: model.linear(layer, name).weight for name in untuned}

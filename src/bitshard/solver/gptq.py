@@ -76,7 +76,7 @@ def gptq(
     W_KN = alive_NK.T.contiguous()
     channels = torch.arange(k, device=H_KK.device)
     order_K = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if spec.desc_act else channels
-    U_KK, used_damp = inverse_factor(alive_KK[order_K][:, order_K], name, damp)
+    U_KK, used_damp = inverse_factor(alive_KK, order_K, name, damp)
 
     grid = _Grid(spec, *(H_KK.new_empty(k // group, W_KN.shape[1]) for _ in range(2)))
     fixed = spec.static_groups or spec.group_size == -1
@@ -137,16 +137,18 @@ def _check(W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str) -
 
 
 def alive(W_NK: torch.Tensor, H_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies in H's dtype in which channels that were never active have zero weights and the others' mean activity.
+    """W in H's dtype, and H; channels that were never active have zero weights and the others' mean activity.
 
-    Any positive number does for them; the mean leaves the damping as it would be without them.
+    Any positive number does for them; the mean leaves the damping as it would be without them. H itself is returned
+    where there are none, and never changed.
     """
     diagonal_K = H_KK.diagonal()
     dead_K = diagonal_K == 0
-    filler = diagonal_K[~dead_K].mean() if not bool(dead_K.all()) else 1.0
-    alive_KK = H_KK.clone()
-    alive_KK.diagonal().add_(dead_K * filler)
-    return W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0), alive_KK
+    if bool(dead_K.any()):
+        filler = diagonal_K[~dead_K].mean() if not bool(dead_K.all()) else 1.0
+        H_KK = H_KK.clone()
+        H_KK.diagonal().add_(dead_K * filler)
+    return W_NK.to(H_KK.dtype).masked_fill(dead_K, 0.0), H_KK
 
 
 def check_finite(W_NK: torch.Tensor, H_KK: torch.Tensor, name: str) -> None:
