@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from bitshard.ordering import choose_order
 from bitshard.pipeline import Calibration, QuantizeReport, _Job, quantize
 from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
-from bitshard.reorder import is_identity
+from bitshard.reorder import deal, is_identity
 from bitshard.solver.hessian import Hessian
-from bitshard.spec import GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
+from bitshard.spec import BLOCK, GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
 from bitshard.writer import Writer
 from commands import bitshard, refusal
 from dense import random_model, random_text
@@ -116,6 +117,29 @@ def test_the_order_alone_changes_no_output(model_type: str, tmp_path: Path) -> N
         shutil.copytree(source.path, out, ignore=shutil.ignore_patterns("*.safetensors*"))
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         assert_close(source_logits(out), source_logits(source.path), 6e-5)
+
+
+def test_hidden_channels_are_ordered_by_all_that_read_them(tmp_path: Path) -> None:
+    """By the sum of H_jj |W_:j|^2 of q, k, v, gate and up in all layers, each H over its mean."""
+    source = uneven_model(tmp_path / "m", "llama", dtype=torch.float32, **SIZES["llama"])
+    order, _ = choose_order(BlockwiseModel(source, source.sizes, {}, CPU), token_ids(96), "hessian", True, silent)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    sensitivity: dict[str, torch.Tensor] = {}
+
+    def see(module: torch.nn.Linear, args: tuple[torch.Tensor], name: str) -> None:
+        active_K = args[0].flatten(0, -2).double().square().sum(0)
+        sensitivity[name] = active_K / active_K.mean() * module.weight.double().square().sum(0)
+
+    columns = [name for i in range(source.sizes.layers) for name, m in source.plan().linears(i) if m.role == "column"]
+    for name in columns:
+        model.get_submodule(name).register_forward_pre_hook(partial(see, name=name))
+    with torch.no_grad():
+        model(token_ids(96))
+    assert len(columns) == 5 * source.sizes.layers == len(sensitivity)
+    assert torch.equal(order.hidden_H, deal(torch.stack(list(sensitivity.values())).sum(0), BLOCK))
+    for name in columns:
+        rest = [s_H for other, s_H in sensitivity.items() if other != name]
+        assert not torch.equal(order.hidden_H, deal(torch.stack(rest).sum(0), BLOCK)), f"{name} counts"
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -212,6 +212,7 @@ OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- on
     "ours-2.9": "",
     "ours-2.5": "--average-bits 2.5",
     "ours-3.3": "--average-bits 3.3",
+    "ours-4.2": "--average-bits 4.2",
     "ours-tuned-2.9": "--tune 128",
     "paper-v1": "--recipe paper-v1",
     "paper-v4": "--recipe paper-v4",
