@@ -201,7 +201,7 @@ def _convert_gguf(path: Path, out: Path) -> None:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model, loaded = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+        **where, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
     )
     if loaded["missing_keys"]:  # transformers would go on with random weights
         raise ValueError(f"no tensor for {sorted(loaded['missing_keys'])[0]}")
