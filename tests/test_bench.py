@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bitshard.bench import mlp, mlp_case, timing
+from bitshard.bench import mlp, mlp_case, report, timing
 from bitshard.bench.mlp import MlpBench, bench_mlp
 from bitshard.bench.mlp_config import Case
 from bitshard.bench.mlp_report import MlpRow
@@ -42,6 +43,32 @@ def test_end_to_end_on_two_ranks(tmp_path: Path) -> None:
         assert row["checked"]["collective_bytes"] == values * TINY_OUT + gathered
         assert row["checked"]["error"] <= 2
         assert 0 < row["times"]["p10"] <= row["times"]["median"] <= row["times"]["p90"]
+
+
+def test_a_commit_is_dirty_by_what_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+
+    def git(*args: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True, text=True
+        ).stdout
+
+    assert report._commit() is None
+    git("init")
+    assert report._commit() is None, "no commit yet"
+    source, result = tmp_path / "source.py", tmp_path / "benchmarks" / "results" / "row.json"
+    result.parent.mkdir(parents=True)
+    for path in (source, result):
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    assert report._commit() == commit
+    result.write_text("2")
+    assert report._commit() == commit
+    source.write_text("2")
+    assert report._commit() == f"{commit}-dirty"
 
 
 def test_only_numbers_that_were_read_are_the_papers(tmp_path: Path) -> None:

@@ -228,11 +228,12 @@ OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- on
     "ours-gptq-4": "--format gptq --bits 4 --group-size {subject.group_size} --order model",
 }
 
-# of the correction's least squares, in place of 0.3, which no option says
+# damping of the correction's least squares in place of 0.3; no option sets it
 DAMPED = {f"ours-2.9-damped-{damp:g}": damp for damp in (0.01, 0.1, 1)}
 WITH_DAMPING = """
 from bitshard.cli import main
-from bitshard.solver.hessian import Hessian
+from bitshard.solver.hessian import CORRECTION_DAMP, Hessian
+assert Hessian.corrected.__defaults__ == (CORRECTION_DAMP,)
 Hessian.corrected.__defaults__ = ({},)
 main()
 """

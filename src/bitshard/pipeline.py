@@ -7,9 +7,9 @@ further, and what leads to inputs that are known already is left out, so all fou
 over it. Before that the 16-bit block runs on the 16-bit model's own hidden states where weights are to make up for what
 the blocks before have changed (`MixRecipe.correct`).
 
-Memory: one block in float32; one stage's Hessians (of a mixture: all experts'), and three times one where it is solved;
-the calibration's hidden states, what o and down read, and what the 16-bit block's matrices read or gave. Tuning needs
-21 bytes more for each of a block's weights.
+Memory: one block in float32; one stage's Hessians (of a mixture: all experts'), and two to four matrices as large while
+one is solved; the calibration's hidden states, what o and down read, and what the 16-bit block's matrices read or gave.
+Tuning needs 21 bytes more for each of a block's weights.
 
 An interrupted run leaves `OUT.partial` and continues from there to the same bytes: block i counts as done when its
 shard is there, and what block i + 1 starts from is written before it. The same on one machine, with one torch and one
@@ -482,7 +482,7 @@ def _quantize_block(job: _Job, model: BlockwiseModel, writer: Writer, layer: int
             wanted_NK = hessian.corrected(torch.cat([linear.weight for linear in linears]))
             wanted = torch.split(wanted_NK, [linear.out_features for linear in linears])
             H_KK, reached = hessian.matrix(), hessian.count > 0
-            del hessian  # solving takes three times as much
+            del hessian  # solving takes two to four matrices as large
             for name, linear, W_NK in zip(names, linears, wanted, strict=True):
                 full = f"{arch.blocks}.{layer}.{name}"
                 weight, dequantized, report = _solve(job, W_NK, H_KK, full)

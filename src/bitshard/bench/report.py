@@ -62,10 +62,12 @@ def _commit() -> str | None:
     """The commit, and `-dirty` where anything but results, which a run itself writes, differs from it."""
     if not (REPOSITORY / ".git").exists():
         return None
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!benchmarks/results"], check=False).returncode
-    return commit.stdout.strip() + "-dirty" * bool(changed) or None
+    asked = [["rev-parse", "--short", "HEAD"], ["diff", "--quiet", "HEAD", "--", ":!benchmarks/results"]]
+    commit, changed = (
+        subprocess.run(["git", "-C", str(REPOSITORY), *args], capture_output=True, text=True, check=False)
+        for args in asked
+    )
+    return None if commit.returncode else commit.stdout.strip() + "-dirty" * (changed.returncode == 1)
 
 
 def _cpu_model() -> str:
