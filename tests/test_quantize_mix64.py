@@ -481,7 +481,7 @@ def refused(kind: type[BitshardError], says: str, model: Path, calibration: Cali
 
 def test_refuses_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
     refused(SpecError, "txt: found a text of .* tokens, 83 segments of 24", model, small(text, samples=84))
-    refused(SpecError, "calibration: found segments of 129 tokens", model, small(text, length=129))
+    refused(SpecError, "length: found 129 tokens", model, small(text, length=129))
     refused(CheckpointError, "nowhere: found no such folder", tmp_path / "nowhere", small(text))
     refused(CheckpointError, "nowhere.txt: found No such file", model, small(tmp_path / "nowhere.txt"))
     refused(PlanError, "tensor-parallel degree: found 0", model, small(text), max_tp=0)

@@ -82,6 +82,10 @@ class Checkpoint:
             os.listdir(path)
         except OSError as error:
             raise CheckpointError(str(path), reason(error), "a checkpoint folder or hub id", "check the name") from None
+        if path.suffix == ".partial":
+            raise CheckpointError(
+                str(path), "an unfinished run", "a finished checkpoint", "give its command again: it goes on from there"
+            )
         config = read_json(path / "config.json")
         quantization = _quantization(path, config)
         checkpoint = cls(path, config, _tensor_files(path, quantization), quantization)

@@ -100,10 +100,14 @@ def _patient() -> None:
 def _options_named(error: SpecError) -> str:
     """Its sentence with fields of a specification under the names that they have here: fraction_4bit, --fraction-4bit.
 
-    Only where a field is spoken of: in no path and no text of the user's.
+    Only where a field is spoken of: in no path and no text of the user's, and a plain word like bits at its head alone.
     """
-    commands = [*typer.main.get_group(app).commands.values(), *typer.main.get_group(bench_app).commands.values()]
-    fields = {p.name for command in commands for p in command.params if p.name and p.param_type_name == "option"}
+    commands = {**typer.main.get_group(app).commands, **typer.main.get_group(bench_app).commands}
+    options = {
+        name: {p.name for p in command.params if p.name and p.param_type_name == "option"}
+        for name, command in commands.items()
+    }
+    fields = set().union(*options.values())
     words = "|".join(field for field in sorted(fields) if "_" in field)
 
     def named(text: str) -> str:
@@ -111,6 +115,8 @@ def _options_named(error: SpecError) -> str:
 
     known = error.where in fields
     where, found = (named(error.where), named(error.found)) if known else (error.where, error.found)
+    if any(where in options.get(word, ()) for word in sys.argv[1:3]):
+        where = f"--{where}"
     return str(SpecError(where, found, named(error.allowed), named(error.fix)))
 
 
@@ -223,7 +229,7 @@ def quantize(
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="gptq: zero point in the middle. [yes]")] = None,
     recipe: Annotated[str | None, typer.Option(help="paper-v1 or paper-v4 of 2311.16442, instead of options.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text, or JSON lines with `text`. [wiki text of exllamav3]")
+        Path | None, typer.Option(help="Text, or JSON lines with `text`. [wiki text of the package exllamav3]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
@@ -233,6 +239,11 @@ def quantize(
 ) -> None:
     """Quantize a 16-bit model, one decoder block in memory; an interrupted run goes on where it stopped."""
     _patient()
+    if calibration is None:
+        from bitshard.sources import packaged_text
+
+        packaged_text()  # refused here, before anything takes time
+        print("calibrating with wiki text of the package exllamav3; --calibration takes your own", file=sys.stderr)
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
     from bitshard.spec import requested
@@ -247,8 +258,6 @@ def quantize(
         },
     )  # fmt: skip
     segments = Calibration(calibration, samples, length, seed)
-    if calibration is None:
-        print("calibrating with wiki text of the package exllamav3; --calibration takes your own", file=sys.stderr)
     report = run(model, out, spec, segments, how, max_tp, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
     when = " before tuning" if report.tuned else ""
@@ -268,7 +277,8 @@ def quantize(
         )
     if report.tuned:
         before, after = (sum(errors) / len(report.tuned) for errors in zip(*report.tuned, strict=True))
-        notes.append(f"tuning took the error of blocks' outputs on held-out text from {before:.2e} to {after:.2e}")
+        gained = f"took {1 - after / before:.1%} off" if after < before else "gained nothing and left"
+        notes.append(f"tuning {gained} the error of blocks' outputs on held-out text: {before:.3e} to {after:.3e}")
     tokens, widest = samples * length, report.widest
     if tokens < widest:
         notes.append(

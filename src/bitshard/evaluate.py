@@ -211,7 +211,7 @@ def perplexity(
     """
     models = [model] if reference is None else [model, reference]
     for one in models:
-        require_tokens(one, windows.tokens_WS, windows.context)
+        require_tokens(one, windows.tokens_WS, windows.context, "context")
     start = time.perf_counter()
     losses_MW = np.empty((len(models), len(windows)))
     kl_WS = torch.zeros(len(windows) if reference is not None else 0, windows.scored)

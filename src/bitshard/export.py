@@ -85,7 +85,7 @@ def _exported_spec(checkpoint: Checkpoint, name: str, to: str) -> QuantSpec:
         if max(spec.widths) > 4:
             raise FormatError(where, f"{spec.bits}-bit strips", "up to 4 bits", "quantize to --format gptq")
         if k % STRIP:
-            raise FormatError(where, f"{k} input channels", f"whole groups of {STRIP}", "use another model")
+            raise FormatError(where, f"{k} input channels", f"whole groups of {STRIP}", "quantize with --max-tp 1")
         spec = OF_STRIPS
     elif checkpoint.is_irregular(name):
         raise FormatError(

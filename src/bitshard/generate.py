@@ -98,7 +98,8 @@ def _run(path: Path, prompt: str, options: GenerateOptions, tp_size: int, strate
     tokenizer = load_tokenizer(path)
     model = load(path, tp_size, strategy, backend=options.backend)
     inputs = _encode(tokenizer, prompt, options.chat).to(model.device)
-    require_tokens(model, inputs["input_ids"], inputs["input_ids"].shape[1] + options.max_new_tokens)
+    length = inputs["input_ids"].shape[1] + options.max_new_tokens
+    require_tokens(model, inputs["input_ids"], length, "max_new_tokens")
     torch.manual_seed(options.seed)  # the same on every rank, so that they all draw the same tokens
     first_rank = not dist.is_initialized() or dist.get_rank() == 0
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -303,7 +303,7 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more:
     samples, length = calibration.samples + more, calibration.length
     limit = checkpoint.config.get("max_position_embeddings", checkpoint.config.get("n_positions", length))
     if length > limit:
-        raise SpecError("calibration", f"segments of {length} tokens", f"{limit}, the model's longest", "ask for less")
+        raise SpecError("length", f"{length} tokens", f"{limit}, the model's longest", "ask for fewer")
     tokenizer = load_tokenizer(checkpoint.path)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     first = torch.tensor(tokens_before(tokenizer), dtype=torch.int64)  # Gemma is lost without its <bos>
@@ -401,7 +401,7 @@ def _budget(job: _Job, average_bits: float) -> tuple[dict[str, list[int]], int]:
         default = ", the default" if average_bits == MIX_RECIPE.average_bits else ""
         raise SpecError(
             "average_bits", f"{average_bits:g}{default}", f"{ceil(8e3 * least / weights) / 1e3:.3f} or more",
-            "allow more bits" + (", or fewer outliers" if job.recipe.outliers else ""),
+            "allow so many" + (", or fewer outliers" if job.recipe.outliers else ""),
         )  # fmt: skip
     return sizes, budget
 

@@ -98,11 +98,13 @@ class TPPlan:
         """Raise PlanError with layer, sizes and the legal list unless `tp_size` is legal."""
         obstacles = self.obstacles(tp_size)
         if obstacles:
+            mixed = isinstance(self.spec_of(self.linears(0)[0][0]), MixSpec)
+            pad = f"quantize its 16-bit model with --max-tp {tp_size}" if mixed else f"`convert --pad-to {tp_size}`"
             raise PlanError(
                 obstacles[0].name,
                 f"tensor-parallel degree {tp_size}: {obstacles[0].reason}",
                 "degrees " + ", ".join(map(str, self.legal_degrees())),
-                f"choose one of these, or zero-pad: `convert --pad-to {tp_size}`, `quantize --max-tp {tp_size}`",
+                f"choose one of these, or zero-pad: {pad}",
             )
 
     def columns(self, linear_name: str, rank: int, tp_size: int) -> list[tuple[int, int]]:

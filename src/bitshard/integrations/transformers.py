@@ -108,8 +108,8 @@ def _unknown(path: Path, found: str) -> CheckpointError:
     )
 
 
-def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> None:
-    """Raise an error unless the model can read these token ids, and as many as `length` in a row."""
+def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int, option: str) -> None:
+    """Raise an error unless the model can read these token ids, and `length` in a row, which comes of this option."""
     size, longest = (
         model.get_input_embeddings().num_embeddings,
         getattr(model.config, "max_position_embeddings", length),
@@ -124,7 +124,7 @@ def require_tokens(model: PreTrainedModel, ids: torch.Tensor, length: int) -> No
             "copy the model's own",
         )
     if length > longest:
-        raise SpecError("length", f"{length} tokens", f"{longest}, the model's longest", "ask for less")
+        raise SpecError(option, f"{length} tokens in all", f"{longest}, the model's longest", "ask for fewer")
 
 
 @register_quantization_config("bitshard")
