@@ -211,6 +211,7 @@ def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
 OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- one thing is switched
     "ours-2.9": "",
     "ours-2.5": "--average-bits 2.5",
+    "ours-2.6": "--average-bits 2.625",
     "ours-3.3": "--average-bits 3.3",
     "ours-4.2": "--average-bits 4.2",
     "ours-tuned-2.9": "--tune 128",
