@@ -593,7 +593,7 @@ REFUSED_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "budget of nothing": ({"average_bits": 0}, "average_bits: found 0; allowed: about 2.41"),
     "more than there is": (
         {"average_bits": 9.0},
-        "average_bits: found 9.0; allowed: about 2.41, 2 bits for all strips, to 5",
+        "average_bits: found 9.0; allowed: about 2.41, 2 bits for all strips, to 4.41",
     ),
     "budget NaN": ({"average_bits": float("nan")}, "average_bits: found nan"),
     "endless budget": ({"average_bits": float("inf")}, "average_bits: found inf"),

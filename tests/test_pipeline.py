@@ -386,7 +386,7 @@ def test_refuses_before_any_work(text: Path, tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "llama")
     refused(SpecError, r"layers.0.self_attn.q_proj: found 64 input channels", model, QuantSpec(4, 48), small(text))
     refused(SpecError, r"text.txt: found a text of 2000 tokens, 83 segments", model, SPEC, small(text, samples=84))
-    refused(SpecError, r"calibration: found segments of 129 tokens", model, SPEC, small(text, length=129))
+    refused(SpecError, r"length: found 129 tokens", model, SPEC, small(text, length=129))
     refused(CheckpointError, r"nowhere", tmp_path / "nowhere", SPEC, small(text))
     quantize(model, tmp_path / "done", SPEC, small(text))
     refused(FormatError, r"a quantized checkpoint", tmp_path / "done", SPEC, small(text))

@@ -239,13 +239,9 @@ def quantize(
 ) -> None:
     """Quantize a 16-bit model, one decoder block in memory; an interrupted run goes on where it stopped."""
     _patient()
-    if calibration is None:
-        from bitshard.sources import packaged_text
-
-        packaged_text()  # refused here, before anything takes time
-        print("calibrating with wiki text of the package exllamav3; --calibration takes your own", file=sys.stderr)
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
+    from bitshard.sources import packaged_text
     from bitshard.spec import requested
 
     spec, how = requested(
@@ -258,6 +254,9 @@ def quantize(
         },
     )  # fmt: skip
     segments = Calibration(calibration, samples, length, seed)
+    if calibration is None:
+        packaged_text()  # missing, it is refused before the model is read
+        print("calibrating with wiki text of the package exllamav3; --calibration takes your own", file=sys.stderr)
     report = run(model, out, spec, segments, how, max_tp, _progress)
     worst = sorted(report.matrices, key=lambda m: m.relative_error, reverse=True)[:5]
     when = " before tuning" if report.tuned else ""
