@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alter import Change, config, tensors
-from bitshard.blockwise import BlockwiseModel
+from bitshard.blockwise import BlockwiseModel, require_finite
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
 from bitshard.inspection import inspect
@@ -66,6 +66,20 @@ def test_memory_goes_back_after_every_block(tmp_path: Path) -> None:
     before = anonymous()
     model.unload(0)
     assert before - anonymous() > 1900 << 16 and len(kept) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for finite in (tensor, tensor[:0], tensor[0, 0]):
+        require_finite("t", finite)
+    for at in ((0, 0), (1, 33), (2, 69)):
+        broken = tensor.clone()
+        broken[at] = value
+        for some in (broken, broken.T, broken[at[0]]):
+            with pytest.raises(SolverError, match="t: found NaN or infinite values"):
+                require_finite("t", some)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
