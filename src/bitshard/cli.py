@@ -739,6 +739,36 @@ def bench_kernels(
     report.require_all()
 
 
+@bench_app.command("e2e")
+def bench_e2e(
+    model: Annotated[str, typer.Argument(help="16-bit HF folder, .gguf file or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Quantized folder or hub id of the same model.")],
+    gguf: Annotated[Path | None, typer.Option(help="File of the same model for llama.cpp, Q2_K for example.")] = None,
+    batches: Annotated[str, typer.Option(help="Prompts at once, separated by commas.")] = "1,4",
+    contexts: Annotated[str, typer.Option(help="Tokens of a prompt, separated by commas.")] = "128,512",
+    new_tokens: Annotated[int, typer.Option(help="Tokens after the first.")] = 32,
+    ranks: Annotated[str, typer.Option(help="Tensor-parallel degrees, separated by commas.")] = "1,2",
+    repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write this .json, and a .png beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Whole models in transformers, vLLM and llama.cpp: time to the first token, tokens a second, memory."""
+    from bitshard.bench.e2e import E2eBench
+    from bitshard.bench.e2e import bench_e2e as run
+    from bitshard.sources import resolve
+
+    config = E2eBench(
+        _numbers("--batches", batches),
+        _numbers("--contexts", contexts),
+        new_tokens,
+        _numbers("--ranks", ranks),
+        repetitions,
+    )
+    report = run(resolve(model), resolve(checkpoint), gguf, config, out, _progress)
+    _emit(report.to_dict(), as_json, report.render())
+    report.require_all()
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas; anything else is wrong usage."""
     try:

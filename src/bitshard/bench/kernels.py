@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -188,13 +187,13 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
         raise BenchError("bench kernels", f"no kernels for {config.device}", "a machine that has them", why)
     header, threads_before = report.header(config.device), torch.get_num_threads()
     rows, refused = list[KernelRow](), dict[str, str]()
-    contend, turn_of, find_floors = _OF_DEVICE[config.device]
+    contend, turn_of, _ = _OF_DEVICE[config.device]
     cases = [(shape, m, t) for shape in config.shapes for t in config.threads for m in config.tokens]
     floors: dict[int, Floors] = {}
     try:
         for threads in config.threads:
             torch.set_num_threads(threads)
-            floors[threads] = find_floors()
+            floors[threads] = floors_of(config.device)
         found: dict[tuple[int, int], list[Contender]] = {}
         for left, (shape, m, threads) in zip(range(len(cases) - 1, -1, -1), progress(cases, "measuring"), strict=True):
             torch.set_num_threads(threads)
@@ -215,7 +214,11 @@ def bench_kernels(config: KernelBench, out: Path | None = None, progress: Progre
     return result
 
 
-def _floors() -> Floors:
+def floors_of(device: str) -> Floors:
+    return _OF_DEVICE[device][2]()
+
+
+def _processor_floors() -> Floors:
     values, square = torch.ones(64 << 20), torch.randn(2048, 2048)
     read = min(cpu_seconds(values.sum) for _ in range(5))
     multiply = min(cpu_seconds(lambda: square @ square) for _ in range(5))
@@ -253,9 +256,7 @@ def _measure(
             ready.append((contender, error, turn))
     rows = []
     for (contender, error, _), own in zip(ready, _times([turn for *_, turn in ready], config.repetitions), strict=True):
-        tenths = quantiles(own, n=10, method="inclusive")
-        times = Times(median(own), tenths[0], tenths[-1])
-        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, times))
+        rows.append(KernelRow(contender.name, n, k, m, threads, contender.nbytes, error, Times.of(own)))
     return rows
 
 
@@ -305,6 +306,6 @@ def _gpu_floors() -> Floors:
 
 
 _OF_DEVICE = {
-    "cpu": (contenders.of_processor, _processor_turn, _floors),
+    "cpu": (contenders.of_processor, _processor_turn, _processor_floors),
     "cuda": (contenders.of_gpu, _gpu_turn, _gpu_floors),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median, quantiles
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,11 @@ class Times:
     median: float
     p10: float
     p90: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Times:
+        tenths = quantiles(milliseconds, n=10, method="inclusive")
+        return cls(median(milliseconds), tenths[0], tenths[-1])
 
 
 def interleaved(
