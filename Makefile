@@ -8,7 +8,7 @@ GPU_PYTHON ?= python3
 GPU_TESTS := tests/test_gpu.py tests/test_decode.py tests/test_triton.py tests/test_records.py
 GPU_RESULTS := benchmarks/results/kernels-gpu.json
 
-.PHONY: demo test test-slow test-vllm gpu-check lint install clean
+.PHONY: demo test test-slow test-vllm test-gptqmodel gpu-check lint install clean
 
 install: $(VENV)/installed
 
@@ -45,6 +45,16 @@ $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*)
 test-vllm: $(VENV)-vllm/installed
 	$(VENV)-vllm/bin/python -m pytest -m vllm -W default tests/test_vllm.py
 
+# and GPTQModel, whose versions of other packages are not ours
+$(VENV)-gptqmodel/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)-gptqmodel
+	$(VENV)-gptqmodel/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gptqmodel==7.6.0
+	$(VENV)-gptqmodel/bin/pip install --quiet --disable-pip-version-check -e . 'pytest>=8.4'
+	touch $@
+
+test-gptqmodel: $(VENV)-gptqmodel/installed
+	$(VENV)-gptqmodel/bin/python -m pytest -m gptqmodel -W default tests/test_gptqmodel.py
+
 # on a machine with an NVIDIA GPU: every kernel on it, then how fast; GPU_PYTHON's torch must see it. Under 8 minutes;
 # what the kernels compile to is what `make test` looks at
 gpu-check:
@@ -60,4 +70,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf build $(VENV) $(VENV)-vllm
+	rm -rf build $(VENV) $(VENV)-vllm $(VENV)-gptqmodel

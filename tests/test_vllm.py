@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitshard.export import export
 from bitshard.integrations.transformers import load
 from bitshard.spec import MixSpec, QuantSpec
 from commands import free_port
@@ -26,7 +27,7 @@ SIZES = {"hidden_size": 96, "head_dim": 64, "intermediate_size": 256, "eos_token
 OF_QWEN2 = {**SIZES, "hidden_size": 256}  # whose heads are what that many channels leave each
 TOKENS = 6
 # of logits whose deviation is 0.2: vLLM's own float32 on a processor is off by up to 0.003, whichever kernel is ours
-LEAST_GAP = 0.01
+LEAST_GAP, LEAST_GAP_BFLOAT16 = 0.01, 0.02
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -37,9 +38,9 @@ GENERATE = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    path, tp_size, quantization, prompts, tokens = json.loads(sys.argv[1])
+    path, tp_size, quantization, dtype, prompts, tokens = json.loads(sys.argv[1])
     model = LLM(
-        path, quantization=quantization, tensor_parallel_size=tp_size, dtype="float32", enforce_eager=True,
+        path, quantization=quantization, tensor_parallel_size=tp_size, dtype=dtype, enforce_eager=True,
         skip_tokenizer_init=True, max_model_len=64, max_num_seqs=4,
     )
     how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -49,11 +50,11 @@ if __name__ == "__main__":
 
 
 def run(
-    folder: Path, tp_size: int, quantization: str | None, prompts: torch.Tensor
+    folder: Path, tp_size: int, quantization: str | None, prompts: torch.Tensor, dtype: str = "float32"
 ) -> subprocess.CompletedProcess[str]:
     script = folder.parent / "generate.py"  # vLLM starts its processes anew from it
     script.write_text(GENERATE)
-    arguments = json.dumps([str(folder), tp_size, quantization, prompts.tolist(), TOKENS])
+    arguments = json.dumps([str(folder), tp_size, quantization, dtype, prompts.tolist(), TOKENS])
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp_size)))} if tp_size > 1 else {}
     command, environment = [sys.executable, script, arguments], {**os.environ, **ENVIRONMENT, **threads}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
@@ -76,17 +77,43 @@ def test_greedy_tokens(
     sizes = OF_QWEN2 if model_type == "qwen2" else SIZES
     folder = random_checkpoint(tmp_path / "m", model_type, spec, **sizes)
     prompts = token_ids(96, shape=(16, 9))
+    require_same_tokens(folder, run(folder, tp_size, quantization, prompts), prompts, LEAST_GAP)
+
+
+def require_same_tokens(
+    folder: Path, done: subprocess.CompletedProcess[str], prompts: torch.Tensor, least_gap: float
+) -> None:
+    """As transformers in float32 with the checkpoint `folder`, up to the first that is not certain."""
     expected: Any = load(folder).generate(
         prompts, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    done = run(folder, tp_size, quantization, prompts)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOKENS"))[len("TOKENS") :])
     best_BT2 = torch.stack(expected.logits, 1).topk(2).values
-    certain_BT = (best_BT2[..., 0] - best_BT2[..., 1] > LEAST_GAP).int().cumprod(1)
+    certain_BT = (best_BT2[..., 0] - best_BT2[..., 1] > least_gap).int().cumprod(1)
     for own, wanted, count in zip(found, expected.sequences[:, 9:].tolist(), certain_BT.sum(1).tolist(), strict=True):
         assert own[:count] == wanted[:count]
     assert certain_BT.sum() >= 30
+
+
+@pytest.mark.parametrize(
+    ("spec", "to"),
+    [
+        (MixSpec(), "compressed-tensors"),
+        (QuantSpec(4, 32, sym=True), "compressed-tensors"),
+        (QuantSpec(4, 32, sym=True), None),  # what `quantize --format gptq --order model` writes, as it is
+    ],
+    ids=str,
+)
+def test_exports_in_vllms_own_methods(spec: MixSpec | QuantSpec, to: str | None, tmp_path: Path) -> None:
+    """Its own kernel, in bfloat16 as it wants: without us."""
+    folder = random_checkpoint(tmp_path / "m", "llama", spec, zeros_version=1, **{**SIZES, "hidden_size": 128})
+    if to:
+        export(folder, tmp_path / "exported", to)
+    prompts = token_ids(96, shape=(24, 9))
+    done = run(tmp_path / "exported" if to else folder, 1, None, prompts, "bfloat16")
+    assert "CPUWNA16LinearKernel" in done.stdout + done.stderr
+    require_same_tokens(folder, done, prompts, LEAST_GAP_BFLOAT16)
 
 
 def test_a_degree_that_does_not_fit(tmp_path: Path) -> None:
