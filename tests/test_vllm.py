@@ -50,13 +50,21 @@ if __name__ == "__main__":
 
 
 def run(
-    folder: Path, tp_size: int, quantization: str | None, prompts: torch.Tensor, dtype: str = "float32"
+    folder: Path,
+    tp_size: int,
+    quantization: str | None,
+    prompts: torch.Tensor,
+    dtype: str = "float32",
+    backend: str = "exact",
 ) -> subprocess.CompletedProcess[str]:
     script = folder.parent / "generate.py"  # vLLM starts its processes anew from it
     script.write_text(GENERATE)
     arguments = json.dumps([str(folder), tp_size, quantization, dtype, prompts.tolist(), TOKENS])
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp_size)))} if tp_size > 1 else {}
-    command, environment = [sys.executable, script, arguments], {**os.environ, **ENVIRONMENT, **threads}
+    command, environment = (
+        [sys.executable, script, arguments],
+        {**os.environ, **ENVIRONMENT, **threads, "BITSHARD_BACKEND": backend},
+    )
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -112,6 +120,17 @@ def test_exports_in_vllms_own_methods(spec: MixSpec | QuantSpec, to: str | None,
         export(folder, tmp_path / "exported", to)
     prompts = token_ids(96, shape=(24, 9))
     done = run(tmp_path / "exported" if to else folder, 1, None, prompts, "bfloat16")
+    assert "CPUWNA16LinearKernel" in done.stdout + done.stderr
+    require_same_tokens(folder, done, prompts, LEAST_GAP_BFLOAT16)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_uniform_matrices_in_vllms_kernels(tp_size: int, tmp_path: Path) -> None:
+    """act_order, which they do not know: sorted, and one gather for q, k and v."""
+    spec = QuantSpec(4, 32, sym=True, desc_act=True)
+    folder = random_checkpoint(tmp_path / "m", "llama", spec, **{**SIZES, "hidden_size": 128})
+    prompts = token_ids(96, shape=(24, 9))
+    done = run(folder, tp_size, "bitshard", prompts, "bfloat16", "vllm")
     assert "CPUWNA16LinearKernel" in done.stdout + done.stderr
     require_same_tokens(folder, done, prompts, LEAST_GAP_BFLOAT16)
 

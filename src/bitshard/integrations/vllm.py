@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -28,7 +29,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
 
 from bitshard.errors import PlanError
 from bitshard.kernels import BACKEND, require_backend
@@ -36,12 +40,14 @@ from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
 from bitshard.quantconfig import QuantConfig, parse_quant_config
-from bitshard.spec import MixSpec, QuantSpec
+from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
 
 logger = logging.getLogger(__name__)
 
 reported = set[str]()  # why plain torch runs matrices
+VLLMS = "vllm"  # beside our kernels' names, in BITSHARD_BACKEND: vLLM's own for uniform matrices
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the matrices in qkv_proj
+SYMMETRIC = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}  # codes whose zero point is in the middle
 
 
 def register() -> None:
@@ -55,7 +61,10 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, quantization: QuantConfig) -> None:
         super().__init__()
         self.quantization = quantization
-        self.backend = os.environ.get(BACKEND, "auto")
+        asked = os.environ.get(BACKEND, "auto")
+        # on a processor ours take half the time of vLLM's
+        self.vllms = asked == VLLMS or asked == "auto" and not current_platform.is_cpu()
+        self.backend = "auto" if asked == VLLMS else asked
         require_backend(self.backend)
 
     @classmethod
@@ -92,7 +101,7 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
                     prefix, "16-bit and quantized matrices in one layer", "one of the two", "quantize all, or none"
                 )
             return UnquantizedLinearMethod()
-        return BitshardLinearMethod(self.quantization.layout, specs, self.backend)
+        return BitshardLinearMethod(self.quantization.layout, specs, self.backend, self.vllms)
 
     def _is_ours(self, name: str) -> bool:
         """Whether low-bit formats quantize this matrix: of a block, and no router."""
@@ -121,9 +130,10 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
 class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """The matrices of one layer: what vLLM's loaders give of them is cut and becomes a PackedLinear each."""
 
-    def __init__(self, layout: Layout, specs: Mapping[str, QuantSpec | MixSpec], backend: str) -> None:
+    def __init__(self, layout: Layout, specs: Mapping[str, QuantSpec | MixSpec], backend: str, vllms: bool) -> None:
+        """vllms: vLLM's own kernels run what they can."""
         self.layout: Any = layout  # either kind cuts the tensors of its own spec
-        self.specs, self.backend = specs, backend
+        self.specs, self.backend, self.vllms = specs, backend, vllms
 
     def create_weights(
         self,
@@ -159,7 +169,39 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
             delattr(layer, suffix)
         del layer.loaded
         layer.register_buffer("perm", hoist_gather(parts), persistent=False)  # one gather of what they all read
+        self.kernel = self._vllms_kernel(layer, parts) if self.vllms else None
+        if self.kernel is not None:
+            return
+        for part in parts if self.backend != "reference" else ():
+            part.arrange()
+            if part.arrangement == "file":
+                _report(layer.prefix, part.why_slow())
         layer.parts = nn.ModuleList(parts)
+
+    def _vllms_kernel(self, layer: Any, parts: list[PackedLinear]) -> MPLinearKernel | None:
+        """vLLM's own kernel for all matrices as one, whose weights become `layer.packed`; None where ours must run."""
+        spec = parts[0].spec
+        if layer.params_dtype == torch.float32 or not isinstance(spec, QuantSpec) or spec.bits not in SYMMETRIC:
+            return None
+        tensors = [_plain(part, spec) for part in parts]
+        plain = [found for found in tensors if found is not None]
+        if len(plain) < len(parts):
+            return None
+        qweight, scales = (torch.cat(every, 1) for every in zip(*plain, strict=True))
+        shape, partition = (layer.input_size, layer.output_size), (parts[0].columns, qweight.shape[1])
+        weight, dtype = SYMMETRIC[spec.bits], layer.params_dtype
+        config = MPLinearLayerConfig(shape, partition, weight, dtype, spec.group_size, zero_points=False)
+        try:
+            kernel = choose_mp_linear_kernel(config)(config, "qweight", "scales")
+        except ValueError:  # it has none that takes this
+            return None
+        layer.packed, along = nn.Module(), {"input_dim": 0, "output_dim": 1, "weight_loader": None}
+        pack = {"packed_dim": 0, "packed_factor": WORD_BITS // spec.bits}
+        layer.packed.qweight = PackedvLLMParameter(data=qweight, **pack, **along)
+        layer.packed.scales = GroupQuantScaleParameter(data=scales, **along)
+        layer.packed.bias = None  # added here
+        kernel.process_weights_after_loading(layer.packed)
+        return kernel
 
     def _cut(self, layer: Any, index: int, name: str, spec: Any) -> dict[str, torch.Tensor]:
         """This rank's slice of one of the layer's matrices. Raises PlanError where a cut would split something."""
@@ -193,18 +235,26 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
             linear.replace(**{"g_idx": None, **tensors, "scales": tensors["scales"].to(layer.params_dtype)})
             linear.order_rows()
         linear.backend = self.backend
-        if self.backend != "reference":
-            linear.arrange()
-            if linear.arrangement == "file":
-                _report(layer.prefix, linear.why_slow())
         return linear
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.perm is not None:
             x = x[..., layer.perm]
-        outputs = [part(x) for part in layer.parts]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        y: torch.Tensor
+        if self.kernel is not None:
+            y = self.kernel.apply_weights(layer.packed, x)
+        else:
+            outputs = [part(x) for part in layer.parts]
+            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if bias is None else y + bias
+
+
+def _plain(part: PackedLinear, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """qweight and scales where there is nothing else to a matrix of this spec: every zero point is in the middle."""
+    if not isinstance(part, QuantLinear) or part.spec != spec or part.perm is not None or part.g_idx is not None:
+        return None
+    middle = part.layout.unpack_zeros(part.qzeros.data, spec.bits) == 1 << (spec.bits - 1)
+    return (part.qweight.data, part.scales.data) if bool(middle.all()) else None
 
 
 def _keep(layer: Any, suffix: str, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
