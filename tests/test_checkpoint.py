@@ -441,5 +441,6 @@ def test_any_json_is_a_config_or_a_format_error(section: object) -> None:
 
 def test_an_unfinished_run_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "task.json").write_text("{}")
     with pytest.raises(CheckpointError, match="out.partial: found an unfinished run; .* give its command again"):
         Checkpoint.open(tmp_path / "out.partial")

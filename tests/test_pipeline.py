@@ -371,6 +371,20 @@ def test_whole_kv_groups_are_padded(model_type: str, text: Path, tmp_path: Path)
     assert_close_logits(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_padded_heads_that_transformers_takes(model_type: str, text: Path, tmp_path: Path) -> None:
+    """6 KV heads and 18 others would do on 2 ranks, but transformers wants a number that divides the 240 channels."""
+    heads = {"num_attention_heads": 15, "num_key_value_heads": 5, "hidden_size": 240, "head_dim": 8}
+    model = random_model(tmp_path / "m", model_type, **heads)
+    report = quantize(model, tmp_path / "out", QuantSpec(8, 16, sym=False), small(text), max_tp=2)
+    assert (report.padded["heads"], report.padded["kv_heads"]) == (24, 8)
+    assert_close_logits(model, tmp_path / "out")
+    with pytest.raises(
+        PlanError, match=r"found 15 heads of 8 that no zero-padding cuts into 7; allowed: another degree"
+    ):
+        quantize(model, tmp_path / "none", QuantSpec(8, 16, sym=False), small(text), max_tp=7)
+
+
 def assert_close_logits(model: Path, out: Path) -> None:
     tokens = token_ids(96)
     with torch.no_grad():
@@ -443,6 +457,7 @@ MISFITS: dict[str, tuple[str, Change, str]] = {
     "one expert more": (
         "mixtral", config(num_local_experts=3), r"experts\.3\.w1\.weight: found a tensor that the model does not have"
     ),
+    "64 bits": ("llama", tensors({UP: torch.ones(128, 64).double()}), f"{UP}: found dtype F64; allowed: BF16, F16"),
     "8-bit integers": ("llama", tensors({UP: torch.ones(128, 64, dtype=torch.int8)}), f"{UP}: found dtype I8; allowed"),
     "truth": ("llama", tensors({NORM: torch.ones(64, dtype=torch.bool)}), f"{NORM}: found dtype BOOL"),
     "complex": ("llama", tensors({UP: torch.ones(128, 64, dtype=torch.complex64)}), f"{UP}: found dtype C64"),

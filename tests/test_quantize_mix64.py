@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bitshard import pipeline
 from bitshard.blockwise import BlockwiseModel
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BitshardError, CheckpointError, FormatError, PlanError, SolverError, SpecError
@@ -29,10 +31,11 @@ from bitshard.inspection import inspect
 from bitshard.integrations.transformers import load
 from bitshard.mixed import MixedWeight
 from bitshard.ordering import choose_order
-from bitshard.pipeline import Calibration, QuantizeReport, _Job, quantize
+from bitshard.pipeline import Calibration, QuantizeReport, _allocate, _Job, _prepare, quantize
 from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
 from bitshard.reorder import deal, is_identity
+from bitshard.solver.allocate import relative_errors
 from bitshard.solver.hessian import Hessian
 from bitshard.spec import BLOCK, GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
 from bitshard.writer import Writer
@@ -175,6 +178,30 @@ def test_every_architecture_by_default(model_type: str, text: Path, tmp_path: Pa
     kept = {name: t for name, t in out.read(out.names_outside_blocks()).items()}
     assert all(tensor.dtype == torch.float16 for tensor in kept.values())
     assert_close(logits(load(out.path)), logits(dense_model(out.path)), 1e-4)
+
+
+def test_bits_are_dealt_by_each_channels_own_activity(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and activity in one order: the sum of both over channels is that of the model as it was."""
+    source = uneven_model(tmp_path / "m", "llama", **SIZES["llama"])
+    job, asked = _prepare(source.path, MixSpec(), MixRecipe(), 6), list[float]()
+
+    def see(W_NK: torch.Tensor, active_K: torch.Tensor) -> list[float]:
+        asked.append(float((W_NK.double().square() * active_K.double()).sum()))
+        return relative_errors(W_NK, active_K)
+
+    monkeypatch.setattr(pipeline, "relative_errors", see)
+    monkeypatch.setattr(pipeline, "ALLOCATE_ROWS", 1 << 20)  # all of them
+    blocks = BlockwiseModel(source, source.sizes, {}, CPU)
+    order, activity = choose_order(blocks, token_ids(96), "hessian", True, silent)
+    _allocate(replace(job, order=order), activity, 2.91, silent)
+    names = [name for i in range(source.sizes.layers) for name, _ in source.plan().linears(i)]
+    expected = [
+        float((source.tensor(f"{name}.weight").double().square() * activity[name].double()).sum()) for name in names
+    ]
+    assert asked == pytest.approx(expected, rel=1e-5)
+    assert not is_identity(order.hidden_H) and not any(map(is_identity, order.intermediate.values()))
 
 
 def test_a_budget_is_kept(text: Path, tmp_path: Path) -> None:
@@ -423,6 +450,25 @@ def test_a_finished_block_is_not_done_again(model: Path, text: Path, tmp_path: P
     assert first == ["ordering 0", "ordering 1", "quantizing 0"] and second == ["quantizing, 1 of 2 done before 1"]
 
 
+def test_a_file_beside_the_weights_that_cannot_be_read(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "LICENSE").write_text("mine")
+    may = os.access
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: Path(path).name != "LICENSE" and may(path, mode))
+        with pytest.raises(CheckpointError, match="m/LICENSE: found a file that cannot be read; .* shards are kept"):
+            quantize(model, tmp_path / "out", MixSpec(), small(text))
+    assert not (tmp_path / "out").exists()
+    quantize(model, tmp_path / "out", MixSpec(), small(text))
+    assert (tmp_path / "out" / "LICENSE").read_text() == "mine"
+
+
+def test_an_output_may_have_any_name(model: Path, text: Path, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "x.partial", MixSpec(), small(text))
+    assert Checkpoint.open(tmp_path / "x.partial").quantization is not None
+
+
 def test_config_says_how_it_was_made(model: Path, text: Path, tmp_path: Path) -> None:
     report = quantize(str(model), tmp_path / "out", MixSpec(), small(text), MixRecipe(outliers=0.01))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -516,9 +562,25 @@ def test_refuses_another_models_tokenizer(text: Path, tmp_path: Path) -> None:
     easy = tmp_path / "easy.txt"  # none of its tokens is one that the model does not have
     easy.write_text(50 * min(text.read_text(), key=ord) + 500 * " ", encoding="utf-8")
     refused(CheckpointError, "v: found a tokenizer with tokens up to 95", small_vocabulary, small(easy))
+    without_unknown = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=without_unknown).save_pretrained(own)
+    refused(
+        CheckpointError, r"own: found a tokenizer that cannot read the text \(Exception: WordLevel", own, small(text)
+    )
     (small_vocabulary / "tokenizer.json").unlink()
     refused(CheckpointError, "v: found no usable tokenizer", small_vocabulary, small(text))
     assert not list(tmp_path.glob("refused*"))
+
+
+def test_refuses_a_tensor_that_no_order_fits(model: Path, text: Path, tmp_path: Path) -> None:
+    """Beside the blocks, where the model has none: it is kept, and in the model's order if it can be."""
+    rewrite(model, {"v_head.weight": torch.ones(3, 5)})
+    says = r"v_head.weight: found shape \[3, 5\]; allowed: 64 channels in the last dimension, .* --order none"
+    refused(FormatError, says, model, small(text))
+    assert not list(tmp_path.glob("refused*"))
+    quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe("none"))
+    rewrite(model, {"v_head.weight": torch.full((3, 64), torch.nan)})
+    refused(SolverError, "v_head.weight: found NaN", model, small(text))
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

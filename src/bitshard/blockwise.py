@@ -26,7 +26,7 @@ Read = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 Watcher = Callable[[torch.Tensor], None]  # is given a matrix's input or output, [..., K] or [..., N]
 
 AT_ONCE = 2048  # tokens of whole segments that are run together
-FLOATS = ("BF16", "F16", "F32", "F64")  # dtypes of a model's tensors, as safetensors names them
+FLOATS = ("BF16", "F16", "F32")  # dtypes of a model's tensors, as safetensors names them
 # rotary frequencies and causal masks, which older files hold and transformers makes itself
 OLD_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
@@ -253,7 +253,7 @@ def own_tensors(checkpoint: Checkpoint) -> Checkpoint:
             raise FormatError(
                 f"{file}: {name}", f"dtype {dtypes[name]}", ", ".join(FLOATS), "start from the 16-bit model"
             )
-    outside = [name for name in checkpoint.names_outside_blocks() if arch.module_name(name) in expected]
+    outside = [name for name in checkpoint.names_outside_blocks() if dtypes[name] in FLOATS]
     for name, tensor in checkpoint.read(outside).items():
         require_finite(name, tensor)
     return checkpoint

@@ -58,7 +58,8 @@ def model_card(source_folder: Path, quantization: QuantConfig, average_bits: flo
         version = "" if layout.zeros_version == 1 else " of version 2 (`gptq_v2`)"
         plain = f"It is an ordinary GPTQ file{version}, for any engine that reads these; with bitshard's kernels:\n\n"
     original = source_folder / CARD
-    head = original.read_text(encoding="utf-8", errors="ignore").split("\n---", 1)[0] if original.is_file() else ""
+    readable = original.is_file() and os.access(original, os.R_OK)  # else Writer refuses to copy it
+    head = original.read_text(encoding="utf-8", errors="ignore").split("\n---", 1)[0] if readable else ""
     kept = "".join(f"{line}\n" for line in KEPT.findall(head) if head.startswith("---"))
     return f"""---
 library_name: transformers

@@ -28,6 +28,7 @@ from bitshard.spec import MixSpec, QuantSpec
 INDEX = "model.safetensors.index.json"
 REPORT = "quantization_report.json"  # what quantizing left behind, matrix by matrix
 CARD = "README.md"
+TASK = "task.json"  # what a folder is the beginning of, where it is unfinished
 ENDS = 1 << 20  # bytes at either end of a file that tell it from another of the same size and time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -82,7 +83,7 @@ class Checkpoint:
             os.listdir(path)
         except OSError as error:
             raise CheckpointError(str(path), reason(error), "a checkpoint folder or hub id", "check the name") from None
-        if path.suffix == ".partial":
+        if (path / TASK).exists() and path.suffix == ".partial":
             raise CheckpointError(
                 str(path), "an unfinished run", "a finished checkpoint", "give its command again: it goes on from there"
             )

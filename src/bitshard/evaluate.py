@@ -24,7 +24,7 @@ from bitshard.checkpoint import Checkpoint
 from bitshard.errors import CheckpointError, SpecError
 from bitshard.integrations.transformers import load, require_tokens
 from bitshard.progress import Progress, silent
-from bitshard.sources import load_tokenizer, read_text, tokens_before
+from bitshard.sources import encode, load_tokenizer, read_text, tokens_before
 
 LARGEST_LOSS = 700  # its exp is still a float; a uniform guess costs 12
 CHUNK = 128
@@ -187,7 +187,7 @@ def text_windows(
         raise SpecError("context", str(context), f"{least} tokens or more", "choose for example 1024")
     if not 1 <= stride <= context:
         raise SpecError("stride", str(stride), f"1 to the context, {context}", "leave it out for disjoint windows")
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(encode(tokenizer, text), dtype=torch.int64)
     size = context - len(first)
     step = min(stride, size)
     available = max(0, (len(tokens) - size) // step + 1)

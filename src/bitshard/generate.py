@@ -21,7 +21,7 @@ from bitshard.integrations.transformers import load, require_tokens
 from bitshard.integrations.transformers_parallel import require_degree
 from bitshard.kernels import require_backend
 from bitshard.parallel import Strategy, Traffic, count_collectives, launch
-from bitshard.sources import load_tokenizer
+from bitshard.sources import load_tokenizer, readable
 
 LEAST_TEMPERATURE = 1e-6  # less is greedy, and soon divides logits to infinity
 
@@ -203,4 +203,5 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
                 tokenizer.name_or_path, f"a chat template that fails ({type(error).__name__}: {says})",
                 "a template for one user message", "get the tokenizer files again, or pass --no-chat",
             ) from None  # fmt: skip
-    return tokenizer(prompt, return_tensors="pt")
+    with readable(tokenizer):
+        return tokenizer(prompt, return_tensors="pt")

@@ -7,7 +7,7 @@ the block; `renames` says where the running model keeps them under another name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bitshard.errors import PlanError
@@ -36,13 +36,15 @@ CHATGLM_KEYS = LLAMA_KEYS | {
 class Attention:
     """`norm` feeds the column-parallel matrices, whose heads feed the row-parallel one.
 
-    fused: one matrix holds all q columns, then all k, then all v.
+    fused: one matrix holds all q columns, then all k, then all v. divides: transformers refuses a number of heads that
+    does not divide the residual stream, though they have a length of their own.
     """
 
     norm: str
     column: tuple[str, ...]
     row: str
     fused: bool = False
+    divides: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,12 @@ LLAMA_ATTENTION = Attention(
     column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     row="self_attn.o_proj",
 )
+DIVIDING_ATTENTION = replace(LLAMA_ATTENTION, divides=True)
+LLAMA_MLP = Mlp(norm="post_attention_layernorm", column=("mlp.gate_proj", "mlp.up_proj"), row="mlp.down_proj")
 
 ARCHITECTURES = (
-    Architecture(
-        model_types=("llama", "mistral", "qwen2", "qwen3", "granite"),
-        attention=LLAMA_ATTENTION,
-        mlp=Mlp(norm="post_attention_layernorm", column=("mlp.gate_proj", "mlp.up_proj"), row="mlp.down_proj"),
-    ),
+    Architecture(model_types=("llama",), attention=DIVIDING_ATTENTION, mlp=LLAMA_MLP),
+    Architecture(model_types=("mistral", "qwen2", "qwen3", "granite"), attention=LLAMA_ATTENTION, mlp=LLAMA_MLP),
     Architecture(
         model_types=("glm", "glm4"),
         attention=LLAMA_ATTENTION,
@@ -134,7 +135,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         model_types=("gemma3_text",),
-        attention=LLAMA_ATTENTION,
+        attention=DIVIDING_ATTENTION,
         mlp=Mlp(norm="pre_feedforward_layernorm", column=("mlp.gate_proj", "mlp.up_proj"), row="mlp.down_proj"),
     ),
     Architecture(

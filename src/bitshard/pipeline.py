@@ -51,7 +51,7 @@ from bitshard.solver.gptq import SolveReport, gptq
 from bitshard.solver.hessian import Hessian
 from bitshard.solver.mixed import solve_mixed
 from bitshard.solver.tune import judges, tune
-from bitshard.sources import calibration_text, load_tokenizer, resolve, tokens_before
+from bitshard.sources import calibration_text, encode, load_tokenizer, resolve, tokens_before
 from bitshard.spec import (
     BLOCK,
     FRACTIONS,
@@ -274,7 +274,22 @@ def _prepare(path: Path, spec: QuantSpec | MixSpec, recipe: MixRecipe, samples: 
     recipe.check(spec)
     if isinstance(spec, QuantSpec):
         _check_gptq(job, spec)
-    return replace(job, checkpoint=own_tensors(checkpoint))
+    job = replace(job, checkpoint=own_tensors(checkpoint))
+    if recipe.order == "model":
+        _require_orderable(job.checkpoint)
+    return job
+
+
+def _require_orderable(checkpoint: Checkpoint) -> None:
+    """Whatever lies outside the blocks has the residual stream's channels in its last dimension, or none at all."""
+    hidden = checkpoint.sizes.hidden
+    for name, shape in checkpoint.shapes(checkpoint.names_outside_blocks()).items():
+        if shape and shape[-1] != hidden:
+            raise FormatError(
+                f"{checkpoint.files[name]}: {name}", f"shape {shape}",
+                f"{hidden} channels in the last dimension, which are put in order",
+                "take the tensor out, or leave channels in the file's order: --order none",
+            )  # fmt: skip
 
 
 def _check_gptq(job: _Job, spec: QuantSpec) -> None:
@@ -305,7 +320,7 @@ def _segments(checkpoint: Checkpoint, text: str, calibration: Calibration, more:
     if length > limit:
         raise SpecError("length", f"{length} tokens", f"{limit}, the model's longest", "ask for fewer")
     tokenizer = load_tokenizer(checkpoint.path)
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(encode(tokenizer, text), dtype=torch.int64)
     first = torch.tensor(tokens_before(tokenizer), dtype=torch.int64)  # Gemma is lost without its <bos>
     own = length - len(first)
     if own < 1:

@@ -201,9 +201,12 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
     intermediate = ceil(sizes.intermediate / step) * step
     per_group = sizes.heads // sizes.kv_heads
     # KV heads of a rank: of as many numbers in a row as the unit has channels, one is a multiple of it
-    first = ceil(sizes.kv_heads / tp_size)
-    counts = range(tp_size * first, tp_size * (first + attention_unit), tp_size)
+    first, divides = ceil(sizes.kv_heads / tp_size), plan.arch.attention.divides
+    most = sizes.hidden // per_group + 1 if divides else 0
+    counts = range(tp_size * first, max(tp_size * (first + attention_unit), most), tp_size)
     for kv_heads in [sizes.kv_heads] if plan._replicates_kv else counts:
+        if divides and kv_heads != sizes.kv_heads and sizes.hidden % (kv_heads * per_group):
+            continue
         padded = Shapes(
             sizes.hidden, intermediate, kv_heads * per_group, kv_heads, sizes.head_dim, sizes.layers, sizes.experts
         )
@@ -212,6 +215,6 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
     raise PlanError(
         f"{plan.arch.blocks}.0.{plan.arch.attention.row}",
         f"{sizes.heads} heads of {sizes.head_dim} that no zero-padding cuts into {tp_size}",
-        "degrees " + ", ".join(map(str, plan.legal_degrees())),
+        "degrees " + ", ".join(map(str, plan.legal_degrees())) if plan.legal_degrees() else "another degree",
         "choose a legal degree",
     )

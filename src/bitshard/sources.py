@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,30 @@ def load_tokenizer(path: Path) -> Any:
         ) from None
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with nothing before or after; CheckpointError for a tokenizer that cannot read it."""
+    with readable(tokenizer):
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+@contextmanager
+def readable(tokenizer: Any) -> Iterator[None]:
+    """What a tokenizer raises for a text, one without a token for the unknown for example, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            tokenizer.name_or_path, f"a tokenizer that cannot read the text ({_first_line(error)})",
+            "one with a token for whatever it does not know", "copy the model's own tokenizer files there",
+        ) from None  # fmt: skip
+
+
 def tokens_before(tokenizer: Any) -> list[int]:
     """Token ids that a tokenizer puts before every text, without those that it puts after it."""
-    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    text = encode(tokenizer, "a")
+    with readable(tokenizer):
+        whole = tokenizer("a")["input_ids"]
     starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
     return list(whole[: next(starts, 0)])
 

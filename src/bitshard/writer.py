@@ -22,14 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bitshard.checkpoint import CARD, INDEX, REPORT, reason
+from bitshard.checkpoint import CARD, INDEX, REPORT, TASK, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import FORMAT_VERSION, GptqLayout
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 REWRITTEN = ("config.json", "quantize_config.json", INDEX, REPORT)
 OUTSIDE = "outside the blocks"  # the shard of all that no decoder block has
-TASK = "task.json"  # what a partial folder is the beginning of
 OURS = "bitshard"  # the key in it that nobody else's has
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -215,6 +214,11 @@ class Writer:
         """All small files but those written anew and indexes of other files."""
         for path in {path for pattern in SIDE_FILES for path in source.glob(pattern)}:
             if path.is_file() and path.name not in (*REWRITTEN, TASK) and not path.name.endswith(".index.json"):
+                if not os.access(path, os.R_OK):
+                    raise CheckpointError(
+                        str(path), "a file that cannot be read", "one that can",
+                        "run the same command again then: finished shards are kept",
+                    )  # fmt: skip
                 shutil.copyfile(path, self.partial / path.name)
                 _sync(self.partial / path.name)
 

@@ -27,7 +27,7 @@ from bitshard.checkpoint import Checkpoint
 from bitshard.errors import BenchError, BitshardError, CheckpointError, SpecError
 from bitshard.integrations.transformers import load_config
 from bitshard.progress import Progress, silent
-from bitshard.sources import load_tokenizer, tokens_before
+from bitshard.sources import encode, load_tokenizer, tokens_before
 
 CHECKS, CHECK_TOKENS = 32, 48  # prompts of the check, and how long they are
 LEAST_AGREEMENT = 0.3  # of their next tokens with the 16-bit model's: at 2.5 bits 0.5 and more, of wrong kernels 0.05
@@ -242,7 +242,7 @@ def _prompts(model: Path, config: E2eBench) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     before = tokens_before(tokenizer)
     text = "\n\n".join(topics[name] for name in sorted(topics))[:200_000]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text)
 
     def prompts(count: int, length: int) -> list[list[int]]:
         own = length - len(before)
