@@ -222,6 +222,7 @@ OURS = {  # options of `bitshard quantize`; of rows that begin with ours-2.9- on
     "ours-2.9-minmax": "--ranges minmax",
     "ours-2.9-no-correct": "--no-correct",
     "ours-2.9-outliers": "--outliers 0.002",
+    "ours-2.9-more-outliers": "--outliers 0.005",
     "ours-2.9-one-fraction": "--fraction-4bit 0.25",
     "ours-2.9-one-fraction-paper-metadata": "--fraction-4bit 0.25 --metadata paper",
     "ours-2.9-32-segments": "--samples 32",
