@@ -162,6 +162,34 @@ def ours(subject: Subject, row: str) -> Made:
     return replace(made, samples=made.details["quantization_config"]["bitshard"]["provenance"]["samples"])
 
 
+def first_blocks(subject: Subject, row: str, count: int) -> Made:
+    """Only the first blocks as that row has them, the others and all else 16-bit: how the prototype was measured."""
+    made, model = ROWS[row](subject), load(subject.folder)
+    plain_VH, ordered_VH = (one.get_input_embeddings().weight.detach() for one in (model, made.model))
+    places = {channel.numpy().tobytes(): i for i, channel in enumerate(plain_VH.T.contiguous())}
+    order_H = torch.tensor([places[channel.numpy().tobytes()] for channel in ordered_VH.T.contiguous()])
+    for i in range(count):
+        model.base_model.layers[i] = InOrder(made.model.base_model.layers[i], order_H)
+    return replace(made, model=model)
+
+
+class InOrder(torch.nn.Module):
+    """A block whose residual stream is in another order: [..., H] -> [..., H] in the model's own."""
+
+    def __init__(self, block: torch.nn.Module, order_H: torch.Tensor) -> None:
+        super().__init__()
+        self.block, self.order_H, self.back_H = block, order_H, order_H.argsort()
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.block(hidden[..., self.order_H], **kwargs)[..., self.back_H]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what transformers asks a block for, as the kind of its attention
+            return getattr(super().__getattr__("block"), name)
+
+
 def gptq(subject: Subject, bits: int) -> Made:
     out = subject.work(f"gptq-{bits}")
     arguments = [
@@ -251,6 +279,7 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
     "16-bit": source,
     **{row: partial(ours, row=row) for row in (*OURS, *DAMPED)},
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
+    **{f"{row}-first-8": partial(first_blocks, row=row, count=8) for row in ("ours-2.9", "gptq-3")},
     **{row: partial(autoround, row=row, **options) for row, options in AUTOROUND.items()},
     **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
     **{
