@@ -9,7 +9,7 @@ import torch
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
-from bitshard.errors import PlanError
+from bitshard.errors import PlanError, RankError
 from bitshard.generate import GenerateOptions, generate
 from bitshard.integrations.transformers import load
 from bitshard.integrations.transformers_parallel import require_degree
@@ -137,6 +137,12 @@ def test_degrees_and_strategies_that_do_not_fit_are_refused(tmp_path: Path) -> N
         require_degree(Checkpoint.open(source).plan(), 2, "tp-aware")
     with pytest.raises(PlanError, match="degree 3: 4 heads do not divide by 3; allowed: degrees 1, 2;"):
         require_degree(Checkpoint.open(converted).plan(), 3, "tp-aware")
+
+
+def test_ranks_that_nobody_started(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "m", "llama", QuantSpec(4, 16))
+    with pytest.raises(RankError, match="tp_size: found 2 ranks, and one process; .* `torchrun --nproc-per-node 2`"):
+        load(str(folder), tp_size=2)
 
 
 def test_compile_and_meta(tmp_path: Path) -> None:

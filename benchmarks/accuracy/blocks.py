@@ -6,7 +6,7 @@
 `ranges`: every matrix is solved with min-max ranges and with the search, on the same inputs and Hessian; error of its
 outputs with the search (and the second pass over all strips that goes with it) over that with min-max. `tuning`: every
 block is tuned with each number of steps and each rate; error of its outputs on held-out segments over that before.
-Segments as in run.py. One JSON file in benchmarks/results.
+Segments as in run.py. One JSON file in benchmarks/results/accuracy.
 """
 
 from __future__ import annotations

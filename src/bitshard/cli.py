@@ -638,8 +638,10 @@ def serve(
     from bitshard.sources import resolve
 
     options = ServeOptions(engine, host, port, backend, tp, context.args)
-    arguments, environment = command(resolve(checkpoint), options)
-    err_console.print(f"{engine} serves at http://{host}:{port}/v1 when it has loaded the model", highlight=False)
+    folder = resolve(checkpoint)
+    arguments, environment = command(folder, options)
+    where = f"http://{host}:{port}/v1 when it has loaded the model, which requests call {folder}"
+    err_console.print(f"{engine} serves at {where}", highlight=False)
     os.execve(arguments[0], arguments, environment)
 
 

@@ -209,9 +209,9 @@ class MixRecipe:
     sensitive, "hessian" (2311.16442 v4) or its "range" alone (v1). ranges: of strips, found by a "search" for the least
     error or by "minmax". outliers: share of weights kept in 16 bits. correct: aim at the 16-bit model's outputs from
     inputs that the blocks before have changed (2504.02692), not at each matrix's own. average_bits: each matrix gets
-    the fraction of 4-bit strips that lowers the model's errors most, within so many bits for everything; the zeros that
-    fill up its last block count as weights. tune: steps of tuning all codes of a block together, against the outputs of
-    the 16-bit block; 0 for none.
+    the fraction of 4-bit strips that lowers the model's errors most, within so many bits in all, for each weight
+    of the model; the default gives way where blocks that zeros fill up leave no room for it. tune: steps of tuning all
+    codes of a block together, against the outputs of the 16-bit block; 0 for none.
     """
 
     order: str = "model"

@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
-from bitshard.errors import CheckpointError, PlanError, SpecError
+from bitshard.errors import CheckpointError, PlanError, RankError, SpecError
 from bitshard.integrations.transformers_parallel import require_degree, tp_plan
 from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import GptqLayout, Mix64Layout
@@ -47,7 +47,7 @@ EVERY_GPTQ = (
 
 
 def load(
-    path: Path,
+    path: Path | str,
     tp_size: int = 1,
     strategy: Strategy = "tp-aware",
     dtype: torch.dtype | None = None,
@@ -57,9 +57,14 @@ def load(
 
     tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
     on a CPU and the checkpoint's own elsewhere. backend: see kernels. Raises PlanError when the degree or the strategy
-    does not fit, and FormatError or CheckpointError when the files do not hold all of a model that transformers knows.
+    does not fit, RankError outside of such a job, and FormatError or CheckpointError when the files do not hold all of
+    a model that transformers knows.
     """
+    path = Path(path)
     checkpoint, config = Checkpoint.open(path), load_config(path)
+    if tp_size > 1 and not dist.is_initialized() and "RANK" not in os.environ:
+        start = f"start the program by `torchrun --nproc-per-node {tp_size}`, or use `bitshard generate --tp {tp_size}`"
+        raise RankError("tp_size", f"{tp_size} ranks, and one process", "a torch.distributed job of that size", start)
     if dtype is None:
         dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
