@@ -31,7 +31,7 @@ class Finding:
 TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.19", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
 # package -> such versions, what it is for, and what installs it
 OPTIONAL = {
-    "vllm": (("0.32",), "models in vLLM", "docs/engines.md says how"),
+    "vllm": (("0.32", "0.33"), "models in vLLM; on a GPU never yet run", "docs/engines.md says how"),
     "fastapi": (("0",), "`bitshard serve`", "pip install 'bitshard[serve]'"),
     "lm-eval": (("0.4",), "`bitshard eval --tasks`", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "peft": (("0.21",), "adapters", "pip install peft"),
