@@ -329,7 +329,9 @@ def export(
     from bitshard.sources import resolve
 
     report = run(resolve(checkpoint), out, to, _progress)
-    _emit(report, as_json, f"{out}: {report.matrices} matrices as {to}, {report.average_bits:.2f} bits")
+    engine = {"gptq": "GPTQModel", "compressed-tensors": "vLLM"}[to]
+    said = f"{out}: {report.matrices} matrices as {to}, {report.average_bits:.2f} bits; {engine} runs it as it is"
+    _emit(report, as_json, said)
 
 
 @app.command()

@@ -62,7 +62,8 @@ def parse_quant_config(section: Any, where: str) -> QuantConfig:
     ours = _mapping(section.get("bitshard") or {}, where, "bitshard")
     layout = check_version(ours, where)
     if method not in [known.method for known in LAYOUTS]:
-        raise FormatError(where, f"quant_method {method!r}", "'gptq'", "convert the checkpoint to GPTQ first")
+        fix = "take the checkpoint that it was exported from, or one in GPTQ's format"
+        raise FormatError(where, f"quant_method {method!r}", "'bitshard' or 'gptq'", fix)
     if method != layout.method:
         raise FormatError(
             where, f"quant_method {method!r} with layout {layout.name!r}", repr(layout.method), "get the file again"

@@ -84,7 +84,7 @@ def _plan_of_source(source: Checkpoint, converted: Checkpoint) -> TPPlan:
                 str(checkpoint.path),
                 f"layout {checkpoint.layout.name}, which no conversion writes or reads",
                 "a GPTQ checkpoint and what it was converted to",
-                "measure what quantizing cost: bitshard eval --against",
+                "measure another by bitshard eval --against: what quantizing cost, or that an export cost nothing",
             )
     source.check_matrices()
     plan, new = source.plan(), converted.sizes
