@@ -215,6 +215,6 @@ def padding_for(plan: TPPlan, tp_size: int) -> Padding:
     raise PlanError(
         f"{plan.arch.blocks}.0.{plan.arch.attention.row}",
         f"{sizes.heads} heads of {sizes.head_dim} that no zero-padding cuts into {tp_size}",
-        "degrees " + ", ".join(map(str, plan.legal_degrees())) if plan.legal_degrees() else "another degree",
-        "choose a legal degree",
+        "another degree" + "".join(f", {degree} without padding" for degree in plan.legal_degrees()[-1:]),
+        "choose one that divides the heads more evenly",
     )
