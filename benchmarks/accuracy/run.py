@@ -281,7 +281,7 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
     **{
         f"{row}-first-8": partial(first_blocks, row=row, count=8)
-        for row in ("ours-2.9", "ours-2.9-one-fraction", "gptq-3")
+        for row in ("ours-2.9", "ours-2.9-minmax", "ours-2.9-one-fraction", "gptq-3")
     },
     **{row: partial(autoround, row=row, **options) for row, options in AUTOROUND.items()},
     **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
@@ -298,7 +298,7 @@ def measure(subject: Subject, row: str, made: Made, texts: list[str]) -> dict[st
     results = {}
     for name in texts:
         windows = text_windows(subject.tokenizer, subject.text(name), CONTEXT, count=WINDOWS, where=name)
-        against = subject.reference if name == "wiki" and row != "16-bit" else None
+        against = subject.reference if row != "16-bit" else None
         results[name] = asdict(perplexity(made.model, windows, against))
         results[name]["sha256"] = sha256(subject.text_file(name))
         print(f"{subject.name} {row} {name}: {results[name]['perplexity']:.3f}", flush=True)
@@ -309,6 +309,15 @@ def measure(subject: Subject, row: str, made: Made, texts: list[str]) -> dict[st
         "texts": results,
         "details": dict(made.details),
     }
+
+
+def with_other_texts(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """And what an earlier run found on other texts, with that run's header, if it was of the same weights."""
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    if any(earlier.get(key) != result[key] for key in ("bits", "source_sha256", "calibration", "details")):
+        return result
+    texts = {name: {"header": earlier["header"], **text} for name, text in earlier["texts"].items()}
+    return result | {"texts": texts | result["texts"]}
 
 
 def measure_tasks(subject: Subject, row: str, made: Made, tasks: Any) -> dict[str, Any]:
@@ -377,7 +386,7 @@ def main() -> None:
     parser.add_argument("--model", type=_pair, required=True, metavar="NAME=PATH", help="a 16-bit folder or .gguf file")
     parser.add_argument("--rows", default="", help=f"all, or with commas of {', '.join(ROWS)}")
     parser.add_argument("--checkpoint", type=_pair, action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, c4 and code")
+    parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, plain, c4 and code")
     parser.add_argument("--tasks", help="of lm-eval's and benchmarks/tasks, instead of texts; needs bitshard[eval]")
     parser.add_argument("--texts", type=Path, default=Path("build/accuracy/texts"), help="where texts.py wrote them")
     parser.add_argument(
@@ -401,11 +410,12 @@ def main() -> None:
         tasks = load_tasks(TaskOptions(arguments.tasks.split(","), include_path=HERE.parent / "tasks"))
     for row, make in rows.items():
         if arguments.tasks:
-            file, result = f"tasks-{subject.name}-{row}", measure_tasks(subject, row, make(subject), tasks)
+            file = RESULTS / f"tasks-{subject.name}-{row}.json"
+            result = measure_tasks(subject, row, make(subject), tasks)
         else:
-            texts = arguments.evaluate.split(",")
-            file, result = f"{subject.name}-{row}", measure(subject, row, make(subject), texts)
-        (RESULTS / f"{file}.json").write_text(json.dumps(result, indent=1) + "\n")
+            file = RESULTS / f"{subject.name}-{row}.json"
+            result = with_other_texts(measure(subject, row, make(subject), arguments.evaluate.split(",")), file)
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

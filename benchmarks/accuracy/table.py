@@ -17,7 +17,7 @@ ABLATION = "ours-2.9-"  # how the names of rows begin in which one thing differs
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One model's rows, most bits first."""
-    texts = [name for name in ("wiki", "c4", "code") if any(name in row["texts"] for row in rows)]
+    texts = [name for name in ("wiki", "plain", "c4", "code") if any(name in row["texts"] for row in rows)]
     columns = ["row", "bits", *texts, "KL", "top-1"]
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row in sorted(rows, key=lambda row: -row["bits"]):

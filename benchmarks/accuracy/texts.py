@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy/texts.py --assets ../shared/assets --out build/accuracy/texts
 
-mix.txt: calibration. wiki.txt, c4.txt, code.txt: evaluation; none of them shares a document with mix.txt.
+mix.txt: calibration. wiki.txt, plain.txt, c4.txt, code.txt: evaluation; none of them shares a document with mix.txt.
+plain.txt is wiki.txt as people write, without WikiText's spaces before commas and points, by lm-eval's own rules.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib.util
 import json
 import sysconfig
 from pathlib import Path
+
+from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
 PIECE, TOTAL = 20_000, 2_000_000  # characters of mix.txt
 MARK = 60  # characters that tell a document: what both texts hold of it differs in length
@@ -60,16 +63,18 @@ def _marks(text: str) -> list[str]:
 
 
 def make(assets: Path, out: Path) -> None:
-    """Write the four texts to the folder `out`."""
+    """Write the five texts to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     wiki, c4 = calibration_file("wiki"), calibration_file("c4")
     lines = (assets / "c4/c4-en-train-first1000.jsonl").read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line)["text"] for line in lines]
     kept = held_out(documents, c4)
     library = Path(sysconfig.get_path("stdlib"))
+    raw = (assets / "wikitext-2-raw/wiki.test.raw").read_text(encoding="utf-8")
     texts = {
         "mix": mix(wiki, c4),
-        "wiki": (assets / "wikitext-2-raw/wiki.test.raw").read_text(encoding="utf-8"),
+        "wiki": raw,
+        "plain": wikitext_detokenizer({"page": raw}),
         "c4": "\n\n".join(kept),
         "code": "\n\n".join((library / f"{name}.py").read_text(encoding="utf-8")[:MODULE] for name in MODULES),
     }
