@@ -212,9 +212,9 @@ def test_what_the_kernels_cannot_read_stays_as_it_is() -> None:
 def test_a_dense_layer_in_eight_bits() -> None:
     """Half a step of each group of 64 at most, from unit tokens; a bias is kept."""
     dense = torch.nn.Linear(128, 50)
-    W_NK, linear = dense.weight.detach().clone(), eight_bit(dense)
+    W_NK, linear = dense.weight.detach().clone(), eight_bit(dense.weight, dense.bias)
     linear.backend = "cpu"
-    assert fits_eight_bit(dense) and not fits_eight_bit(linear) and not fits_eight_bit(torch.nn.Linear(100, 50))
+    assert fits_eight_bit(W_NK) and not fits_eight_bit(W_NK[:, :100]) and not fits_eight_bit(W_NK.to("meta"))
     found_NK = (linear(torch.eye(128)) - dense.bias).T.detach()
     most_NG1 = W_NK.view(50, 2, 64).abs().amax(2, keepdim=True)
     assert ((found_NK - W_NK).view(50, 2, 64).abs() <= most_NG1 / 254 + 1e-7).all()

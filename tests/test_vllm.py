@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from bitshard.export import export
 from bitshard.integrations.transformers import load
+from bitshard.nn import eight_bit
 from bitshard.spec import MixSpec, QuantSpec
 from commands import free_port
 from dense import character_tokenizer
@@ -28,14 +30,17 @@ OF_QWEN2 = {**SIZES, "hidden_size": 256}  # whose heads are what that many chann
 TOKENS = 6
 # of logits whose deviation is 0.2: vLLM's own float32 on a processor is off by up to 0.003, whichever kernel is ours
 LEAST_GAP, LEAST_GAP_BFLOAT16 = 0.01, 0.02
+LEAST_GAP_AUTO = 0.04  # rounding what the products take to 8 bits moves logits by up to 0.014
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for apply_model
     "HF_HUB_OFFLINE": "1",
     "BITSHARD_BACKEND": "exact",
 }
 GENERATE = """
 import json, sys
+from operator import attrgetter
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     path, tp_size, quantization, dtype, prompts, tokens = json.loads(sys.argv[1])
@@ -45,6 +50,7 @@ if __name__ == "__main__":
     )
     how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     done = model.generate([{"prompt_token_ids": ids} for ids in prompts], how)
+    print("HEADS", *model.apply_model(attrgetter("lm_head.quant_method.__class__.__name__")))
     print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in done]))
 """
 
@@ -88,11 +94,40 @@ def test_greedy_tokens(
     require_same_tokens(folder, run(folder, tp_size, quantization, prompts), prompts, LEAST_GAP)
 
 
+@pytest.mark.parametrize(("tied", "tp_size"), [(False, 2), (True, 1)])
+def test_the_output_matrix_in_eight_bits(tied: bool, tp_size: int, tmp_path: Path) -> None:
+    folder = random_checkpoint(
+        tmp_path / "m", "llama", MixSpec(), **{**SIZES, "hidden_size": 128, "tie_word_embeddings": tied}
+    )
+    prompts = token_ids(96, shape=(24, 9))
+    done = run(folder, tp_size, None, prompts, backend="auto")
+    assert f"HEADS {' '.join(['EightBitHead'] * tp_size)}\n" in done.stdout, done.stdout + done.stderr
+    require_same_tokens(folder, done, prompts, LEAST_GAP_AUTO, "auto")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_copy_of_the_output_matrix(tied: bool) -> None:
+    """In 8 bits alone, unless it is the embedding, too."""
+    from bitshard.integrations.vllm import EightBitHead
+
+    head, weight = EightBitHead(), torch.nn.Parameter(torch.randn(80, 128))
+    layer, x, bias = SimpleNamespace(weight=weight), torch.randn(3, 128), torch.randn(80)
+    if tied:
+        layer = head.tie_weights(SimpleNamespace(weight=None), layer)
+    head.process_weights_after_loading(layer)
+    assert layer.weight is weight if tied else not layer.weight.numel()
+    assert torch.equal(head.apply(layer, x, bias), eight_bit(weight)(x) + bias)
+
+
 def require_same_tokens(
-    folder: Path, done: subprocess.CompletedProcess[str], prompts: torch.Tensor, least_gap: float
+    folder: Path,
+    done: subprocess.CompletedProcess[str],
+    prompts: torch.Tensor,
+    least_gap: float,
+    backend: str = "exact",
 ) -> None:
     """As transformers in float32 with the checkpoint `folder`, up to the first that is not certain."""
-    expected: Any = load(folder).generate(
+    expected: Any = load(folder, backend=backend).generate(
         prompts, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     assert done.returncode == 0, done.stdout + done.stderr

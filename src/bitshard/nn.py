@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -198,24 +198,24 @@ class QuantLinear(PackedLinear):
 HEAD = QuantSpec(bits=8, group_size=64)
 
 
-def fits_eight_bit(module: Any) -> bool:
-    """Whether `eight_bit` takes this module and the C kernels run here."""
-    plain = type(module) is nn.Linear and module.weight.device.type == "cpu" and not why_not_arranged("cpu")
-    return plain and module.in_features % HEAD.group_size == 0
+def fits_eight_bit(W_NK: torch.Tensor) -> bool:
+    """Whether `eight_bit` takes this matrix and the C kernels run here."""
+    return W_NK.device.type == "cpu" and W_NK.shape[1] % HEAD.group_size == 0 and not why_not_arranged("cpu")
 
 
-def eight_bit(dense: nn.Linear) -> QuantLinear:
-    """A dense layer with its weights [N, K] rounded to the nearest of 8 bits in groups of 64, for the C kernels."""
-    k, n = dense.in_features, dense.out_features
-    W_GBN = dense.weight.detach().float().T.reshape(-1, HEAD.group_size, n)
+def eight_bit(W_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> QuantLinear:
+    """A dense matrix, any float dtype, rounded to the nearest of 8 bits in groups of 64, for the C kernels."""
+    n, k = W_NK.shape
+    W_GBN = W_NK.detach().float().T.reshape(-1, HEAD.group_size, n)
     scales_GN = (W_GBN.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
     codes_KN = (W_GBN / scales_GN[:, None]).round_().add_(128).view(k, n).to(torch.uint8)
-    linear = QuantLinear(k, n, HEAD, GptqLayout(2), dense.bias is not None, torch.float32)
+    linear = QuantLinear(k, n, HEAD, GptqLayout(2), bias_N is not None, torch.float32)
     linear.g_idx, zeros_GN = None, torch.full(scales_GN.shape, 128, dtype=torch.uint8)
     linear.replace(qweight=pack(codes_KN, HEAD.bits, dim=0), scales=scales_GN, qzeros=zeros_GN)
-    if dense.bias is not None:
-        linear.replace(bias=dense.bias.detach())
+    if bias_N is not None:
+        linear.replace(bias=bias_N.detach())
     linear.arrange()
+    linear.backend = "auto"
     return linear
 
 

@@ -317,11 +317,9 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in range(self.plan.sizes.layers):
             self._finish_block(model.get_submodule(f"{self.plan.arch.blocks}.{layer}"))
         head = model.get_output_embeddings()
-        if self.quantization_config.backend == "auto" and fits_eight_bit(head):
+        if self.quantization_config.backend == "auto" and type(head) is nn.Linear and fits_eight_bit(head.weight):
             # in float32 it is read for longer than all blocks together: 545 MB of Qwen2.5-0.5B, whose blocks have 130
-            rounded = eight_bit(cast(nn.Linear, head))
-            rounded.backend = "auto"
-            model.set_output_embeddings(rounded)
+            model.set_output_embeddings(eight_bit(head.weight, head.bias))
         return model
 
     def _own_tensors(self, model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -27,7 +28,8 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
@@ -38,7 +40,7 @@ from bitshard.errors import PlanError
 from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, hoist_gather
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
 
@@ -65,6 +67,7 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
         # on a processor ours take half the time of vLLM's
         self.vllms = asked == VLLMS or asked == "auto" and not current_platform.is_cpu()
         self.backend = "auto" if asked == VLLMS else asked
+        self.rounds_head = asked == "auto" and current_platform.is_cpu()  # as in transformers
         require_backend(self.backend)
 
     @classmethod
@@ -87,7 +90,10 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
             raise PlanError(model_name, found, "other models", "run it with transformers: `bitshard generate`")
         self.blocks, self.linears = arch.blocks, {linear.name for linear in block_linears(arch, sizes)}
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, ParallelLMHead) and self.rounds_head:
+            model = get_current_vllm_config().model_config
+            return EightBitHead() if model.head_dtype == model.dtype else None  # else vLLM multiplies by itself
         if not isinstance(layer, LinearBase):
             return None
         parent, _, own = prefix.rpartition(".")
@@ -246,6 +252,32 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
         else:
             outputs = [part(x) for part in layer.parts]
             y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return y if bias is None else y + bias
+
+
+class EightBitHead(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """The output matrix, rounded to 8 bits when it is there: by far the largest one that no file of ours quantizes."""
+
+    def __init__(self) -> None:
+        self.rounded: QuantLinear | None = None
+        self.tied = False
+
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> Any:
+        self.tied = True
+        return super().tie_weights(layer, embed_tokens)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not fits_eight_bit(layer.weight):
+            super().process_weights_after_loading(layer)
+            return
+        self.rounded = eight_bit(layer.weight)
+        if not self.tied:
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.rounded is None:
+            return cast(torch.Tensor, super().apply(layer, x, bias))
+        y: torch.Tensor = self.rounded(x)
         return y if bias is None else y + bias
 
 
