@@ -86,6 +86,8 @@ def test_every_token_is_scored_once(stride: int | None, tokenizer: Any) -> None:
     assert len(text_windows(tokenizer(), text, 24, stride, 2)) == 2
     with pytest.raises(SpecError, match=f"context: found 1; allowed: {max(2, first + 1)} tokens or more"):
         text_windows(tokenizer(), text, 1)
+    with pytest.raises(SpecError, match=r"^windows: found 0; allowed: 1 or more"):
+        text_windows(tokenizer(), text, 24, count=0)
 
 
 @pytest.mark.parametrize("stride", [None, 16])

@@ -187,6 +187,8 @@ def text_windows(
         raise SpecError("context", str(context), f"{least} tokens or more", "choose for example 1024")
     if not 1 <= stride <= context:
         raise SpecError("stride", str(stride), f"1 to the context, {context}", "leave it out for disjoint windows")
+    if count is not None and count < 1:
+        raise SpecError("windows", str(count), "1 or more", "leave it out for all of the text")
     tokens = torch.tensor(encode(tokenizer, text), dtype=torch.int64)
     size = context - len(first)
     step = min(stride, size)

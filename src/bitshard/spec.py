@@ -280,6 +280,12 @@ PAPER_RECIPES = {
 }
 
 
+def _options(format: str) -> set[str]:
+    """Of QuantSpec or MixSpec and of MixRecipe, those that a format has."""
+    names = {field.name for field in (*fields(MixSpec if format == "mix64" else QuantSpec), *fields(MixRecipe))}
+    return names if format == "mix64" else names - {"ranking", "ranges", "outliers", "average_bits", "tune"}
+
+
 def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tuple[QuantSpec | MixSpec, MixRecipe]:
     """What a user asks for: options of QuantSpec or MixSpec and of MixRecipe by name, None where left out.
 
@@ -305,13 +311,12 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         start = MixRecipe() if {"bits", "fraction_4bit", "metadata"} & given.keys() else MIX_RECIPE
     else:
         spec, start = QuantSpec(), GPTQ_RECIPE
-    names = {field.name for field in (*fields(spec), *fields(start))}
-    if format == "gptq":
-        names -= {"ranking", "ranges", "outliers", "average_bits", "tune"}
     for name in given:
-        if name not in names:
+        if name not in _options(format):
             groups = f", whose groups are strips of {STRIP}" if name == "group_size" else ""
-            raise SpecError(name, repr(given[name]), f"the options of format {format}{groups}", "leave it out")
+            other = "gptq" if format == "mix64" else "mix64"
+            fix = f"leave it out, or choose format {other}" if name in _options(other) else "leave it out"
+            raise SpecError(name, repr(given[name]), f"the options of format {format}{groups}", fix)
     if {"average_bits", "fraction_4bit"} <= given.keys():
         raise SpecError(
             "average_bits", f"{given['average_bits']} with fraction_4bit {given['fraction_4bit']}",
