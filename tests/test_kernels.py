@@ -16,7 +16,7 @@ from bitshard.errors import SpecError
 from bitshard.kernels import choose, cpu, decode
 from bitshard.kernels.fuse import FuseLinears
 from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit
+from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, fits_one_call, side_by_side
 from bitshard.quantized import QuantizedWeight
 from bitshard.records import why_not_read
 from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
@@ -306,6 +306,35 @@ def test_matrices_that_read_the_same_become_one_call(
     assert all(map(torch.equal, outputs, expected)) and torch.allclose(last, expected[-1], rtol=1e-4, atol=1e-4)
     assert sorted(calls) == ([] if backend == "reference" else [1, 2, 4])
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+@pytest.mark.parametrize("backend", ["auto", "exact"])
+def test_side_by_side(backend: str, outliers: float) -> None:
+    """Bit for bit what each makes alone."""
+    parts = [mixed(MixSpec(2, f), n, 128, outliers)[0] for f, n in ((0.25, 67), (1.0, 16), (0.5, 33))]
+    for part in parts:
+        part.backend, part.strip_order = backend, None
+        part.arrange()
+    x = torch.randn(2, 5, 128)
+    assert fits_one_call(parts)
+    assert torch.equal(side_by_side(parts, x), torch.cat([part(x) for part in parts], -1))
+
+
+def test_what_has_to_be_called_alone() -> None:
+    def arranged(spec: MixSpec, k: int, outliers: float = 0.0, gathers: bool = False) -> Mix64Linear:
+        linear, _ = mixed(spec, 48, k, outliers)
+        linear.strip_order = linear.strip_order if gathers else None
+        linear.arrange()
+        return linear
+
+    plain, sparse = arranged(MixSpec(), 128), arranged(MixSpec(), 128, 0.05)
+    in_eight_bits, as_in_the_file = arranged(MixSpec(bits=8, fraction_4bit=0.0), 128), mixed(MixSpec(), 48, 128, 0.0)[0]
+    gathers, filled = arranged(MixSpec(), 128, 0.05, gathers=True), arranged(MixSpec(), 96)
+    assert fits_one_call([plain, plain]) and fits_one_call([sparse, sparse]) and not fits_one_call([plain])
+    for one, other in ((plain, sparse), (plain, in_eight_bits), (plain, as_in_the_file), (sparse, gathers)):
+        assert not fits_one_call([one, other]) and not fits_one_call([other, one])
+    assert not fits_one_call([filled, filled])
 
 
 def test_several_at_once_are_as_many_of_everything() -> None:

@@ -40,7 +40,16 @@ from bitshard.errors import PlanError
 from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
+from bitshard.nn import (
+    Mix64Linear,
+    PackedLinear,
+    QuantLinear,
+    eight_bit,
+    fits_eight_bit,
+    fits_one_call,
+    hoist_gather,
+    side_by_side,
+)
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
 
@@ -182,7 +191,7 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
             part.arrange()
             if part.arrangement == "file":
                 _report(layer.prefix, part.why_slow())
-        layer.parts = nn.ModuleList(parts)
+        layer.parts, self.together = nn.ModuleList(parts), fits_one_call(parts)
 
     def _vllms_kernel(self, layer: Any, parts: list[PackedLinear]) -> MPLinearKernel | None:
         """vLLM's own kernel for all matrices as one, whose weights become `layer.packed`; None where ours must run."""
@@ -249,6 +258,8 @@ class BitshardLinearMethod(LinearMethodBase):  # type: ignore[misc]
         y: torch.Tensor
         if self.kernel is not None:
             y = self.kernel.apply_weights(layer.packed, x)
+        elif self.together:
+            y = side_by_side(layer.parts, x)
         else:
             outputs = [part(x) for part in layer.parts]
             y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
