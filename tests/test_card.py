@@ -49,6 +49,8 @@ def test_a_card_says_what_was_done_and_measured(format: str, tmp_path: Path) -> 
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", rows[2])[1:-1]]
     assert cells[:5] == ["te\\|xt.txt", "64", "64", "2", "exact"] and len(cells) == len(COLUMNS)
     assert all(float(cell) > 0 for cell in cells[5:8])
+    sentence = refusal("eval", out, "--text", text, "--context", 64, "--windows", 2, "--against", out, "--card")
+    assert "out: found a quantized checkpoint; allowed: the 16-bit model, as --card will say" in sentence
 
 
 def test_no_card_to_add_to(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_a_dense_layer_in_eight_bits() -> None:
     dense = torch.nn.Linear(128, 50)
     W_NK, linear = dense.weight.detach().clone(), eight_bit(dense.weight, dense.bias)
     linear.backend = "cpu"
+    assert eight_bit(dense.weight).backend == "auto"
     assert fits_eight_bit(W_NK) and not fits_eight_bit(W_NK[:, :100]) and not fits_eight_bit(W_NK.to("meta"))
     found_NK = (linear(torch.eye(128)) - dense.bias).T.detach()
     most_NG1 = W_NK.view(50, 2, 64).abs().amax(2, keepdim=True)
@@ -319,6 +320,8 @@ def test_side_by_side(backend: str, outliers: float) -> None:
     x = torch.randn(2, 5, 128)
     assert fits_one_call(parts)
     assert torch.equal(side_by_side(parts, x), torch.cat([part(x) for part in parts], -1))
+    with pytest.raises(SpecError, match="input: found 64 channels; allowed: 128"):
+        side_by_side(parts, x[..., :64])
 
 
 def test_what_has_to_be_called_alone() -> None:

@@ -547,6 +547,7 @@ def test_bits_go_where_they_save_most() -> None:
     assert spend(errors, sizes, 30) == [0, 0]
     assert spend(errors, sizes, 33) == [1, 0]
     assert spend(errors, sizes, 34) == [0, 1]
+    assert spend(errors, sizes, 38) == [2, 1]  # though [3, 0] would leave less: what saves most per byte goes first
     assert spend(errors, sizes, 42) == [3, 1]
     assert spend(errors, sizes, 99) == [3, 3]
     # over a choice that is no help by itself, and never to one that hurts
@@ -680,6 +681,9 @@ REFUSED_REQUESTS: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     ),
     "budget of 3 bits": ("mix64", None, {"average_bits": 3.0, "bits": 3}, "average_bits: found 3 with strips 3 3 3 3"),
     "outliers of 4 bits": ("mix64", None, {"bits": 4, "outliers": 0.01}, "outliers: found 0.01 with strips 4 4 4 4"),
+    "options of both formats": (
+        "mix64", None, {"group_size": 64, "outliers": 0.005}, "group_size: found 64; .*; to do: leave it out$"
+    ),
     "no such option": ("mix64", None, {"speed": 9}, "speed: found 9; .* options of format mix64; to do: leave it out$"),
 }  # fmt: skip
 

@@ -31,10 +31,10 @@ from bitshard.inspection import inspect
 from bitshard.integrations.transformers import load
 from bitshard.mixed import MixedWeight
 from bitshard.ordering import choose_order
-from bitshard.pipeline import Calibration, QuantizeReport, _allocate, _Job, _prepare, quantize
+from bitshard.pipeline import Calibration, QuantizeReport, _allocate, _bytes, _Job, _prepare, quantize
 from bitshard.progress import Progress, silent
 from bitshard.quantized import QuantizedWeight
-from bitshard.reorder import deal, is_identity
+from bitshard.reorder import deal, deal_within, is_identity, kv_group_order
 from bitshard.solver.allocate import relative_errors
 from bitshard.solver.hessian import Hessian
 from bitshard.spec import BLOCK, GPTQ_RECIPE, PAPER_RECIPES, MixRecipe, MixSpec, QuantSpec
@@ -122,27 +122,47 @@ def test_the_order_alone_changes_no_output(model_type: str, tmp_path: Path) -> N
         assert_close(source_logits(out), source_logits(source.path), 6e-5)
 
 
-def test_hidden_channels_are_ordered_by_all_that_read_them(tmp_path: Path) -> None:
-    """By the sum of H_jj |W_:j|^2 of q, k, v, gate and up in all layers, each H over its mean."""
-    source = uneven_model(tmp_path / "m", "llama", dtype=torch.float32, **SIZES["llama"])
-    order, _ = choose_order(BlockwiseModel(source, source.sizes, {}, CPU), token_ids(96), "hessian", True, silent)
+def sensitivities(source: Checkpoint, role: str) -> dict[str, torch.Tensor]:
+    """H_jj |W_:j|^2 of every matrix of that role [K], H over its mean, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    sensitivity: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
 
     def see(module: torch.nn.Linear, args: tuple[torch.Tensor], name: str) -> None:
         active_K = args[0].flatten(0, -2).double().square().sum(0)
-        sensitivity[name] = active_K / active_K.mean() * module.weight.double().square().sum(0)
+        found[name] = active_K / active_K.mean() * module.weight.double().square().sum(0)
 
-    columns = [name for i in range(source.sizes.layers) for name, m in source.plan().linears(i) if m.role == "column"]
-    for name in columns:
+    names = [name for i in range(source.sizes.layers) for name, m in source.plan().linears(i) if m.role == role]
+    for name in names:
         model.get_submodule(name).register_forward_pre_hook(partial(see, name=name))
     with torch.no_grad():
         model(token_ids(96))
-    assert len(columns) == 5 * source.sizes.layers == len(sensitivity)
-    assert torch.equal(order.hidden_H, deal(torch.stack(list(sensitivity.values())).sum(0), BLOCK))
-    for name in columns:
-        rest = [s_H for other, s_H in sensitivity.items() if other != name]
+    assert sorted(found) == sorted(names)
+    return found
+
+
+def test_hidden_channels_are_ordered_by_all_that_read_them(tmp_path: Path) -> None:
+    """q, k, v, gate and up of all layers."""
+    source = uneven_model(tmp_path / "m", "llama", dtype=torch.float32, **SIZES["llama"])
+    order, _ = choose_order(BlockwiseModel(source, source.sizes, {}, CPU), token_ids(96), "hessian", True, silent)
+    of_columns = sensitivities(source, "column")
+    assert len(of_columns) == 5 * source.sizes.layers
+    assert torch.equal(order.hidden_H, deal(torch.stack(list(of_columns.values())).sum(0), BLOCK))
+    for name in of_columns:
+        rest = [s_H for other, s_H in of_columns.items() if other != name]
         assert not torch.equal(order.hidden_H, deal(torch.stack(rest).sum(0), BLOCK)), f"{name} counts"
+
+
+def test_heads_and_what_is_in_them_are_ordered_by_o(tmp_path: Path) -> None:
+    changes = {**SIZES["llama"], "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    source = uneven_model(tmp_path / "m", "llama", dtype=torch.float32, **changes)
+    order, _ = choose_order(BlockwiseModel(source, source.sizes, {}, CPU), token_ids(96), "hessian", True, silent)
+    at_o = [s_K for name, s_K in sensitivities(source, "row").items() if name.endswith("o_proj")]
+    assert len(at_o) == source.sizes.layers
+    for values_JD, groups_J, s_K in zip(order.values_LJD, order.kv_groups_LJ, at_o, strict=True):
+        assert torch.equal(groups_J, kv_group_order(s_K.view(4, -1).sum(1)))
+        assert torch.equal(values_JD, deal_within(s_K, source.sizes, groups_J, BLOCK))
+        assert not torch.equal(values_JD, deal_within(torch.ones_like(s_K), source.sizes, groups_J, BLOCK))
+    assert not all(map(is_identity, order.kv_groups_LJ))
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -220,6 +240,11 @@ def test_a_budget_is_kept(text: Path, tmp_path: Path) -> None:
         assert budget - 0.2 < found <= budget, (report.average_bits, real / stored)
         fractions = {w.spec.fraction_4bit for w in weights if isinstance(w, MixedWeight)}
         assert len(fractions) > 1
+        for name in checkpoint.matrices():
+            spec, (n, k) = checkpoint.spec_of(name), checkpoint.weight(name).dequantize().shape
+            written = sum(tensor.nbytes for tensor in checkpoint.matrix_tensors(name).values())
+            assert isinstance(spec, MixSpec)
+            assert 0.98 * written < _bytes(spec, recipe, k, n) and written <= _bytes(spec, recipe, k, n)
         assert_close(logits(load(out)), logits(dense_model(out)), 1e-4)
     refused(SpecError, "average_bits: found 3.3; allowed: 3.[3-9][0-9]+ or more", source, small(text),
             recipe=MixRecipe(average_bits=3.3))  # fmt: skip

@@ -91,7 +91,9 @@ def test_greedy_tokens(
     sizes = OF_QWEN2 if model_type == "qwen2" else SIZES
     folder = random_checkpoint(tmp_path / "m", model_type, spec, **sizes)
     prompts = token_ids(96, shape=(16, 9))
-    require_same_tokens(folder, run(folder, tp_size, quantization, prompts), prompts, LEAST_GAP)
+    done = run(folder, tp_size, quantization, prompts)
+    require_same_tokens(folder, done, prompts, LEAST_GAP)
+    assert "HEADS UnquantizedEmbeddingMethod" in done.stdout
 
 
 @pytest.mark.parametrize(("tied", "tp_size"), [(False, 2), (True, 1)])
@@ -117,6 +119,18 @@ def test_one_copy_of_the_output_matrix(tied: bool) -> None:
     head.process_weights_after_loading(layer)
     assert layer.weight is weight if tied else not layer.weight.numel()
     assert torch.equal(head.apply(layer, x, bias), eight_bit(weight)(x) + bias)
+
+
+def test_an_output_matrix_that_groups_do_not_divide() -> None:
+    """It stays as it is."""
+    from bitshard.integrations.vllm import EightBitHead
+
+    head, layer = EightBitHead(), torch.nn.Module()
+    layer.weight, layer.bias = torch.nn.Parameter(torch.randn(128, 96), requires_grad=False), None
+    head.process_weights_after_loading(layer)
+    x, bias = torch.randn(3, 96), torch.randn(128)
+    assert head.rounded is None
+    assert torch.allclose(head.apply(layer, x, bias), x @ layer.weight.T + bias, atol=1e-4)
 
 
 def require_same_tokens(

@@ -293,9 +293,10 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
 }
 
 
-def measure(subject: Subject, row: str, made: Made, texts: list[str]) -> dict[str, Any]:
-    """One row: its bits from the bytes, and every text's numbers."""
-    results = {}
+def measure(subject: Subject, row: str, made: Made, texts: list[str], file: Path) -> dict[str, Any]:
+    """One row: its bits from the bytes, and every text's numbers, after those that `file` has on other texts."""
+    weights = weights_sha256(made.model)
+    results = other_texts(file, weights, texts)
     for name in texts:
         windows = text_windows(subject.tokenizer, subject.text(name), CONTEXT, count=WINDOWS, where=name)
         against = subject.reference if row != "16-bit" else None
@@ -305,19 +306,31 @@ def measure(subject: Subject, row: str, made: Made, texts: list[str]) -> dict[st
     return {
         **described(subject, row, made),
         "source_sha256": sha256(subject.path) if subject.path.is_file() else None,
+        "weights_sha256": weights,
         "calibration": {"sha256": sha256(subject.text_file("mix")), "samples": made.samples, "length": LENGTH},
         "texts": results,
         "details": dict(made.details),
     }
 
 
-def with_other_texts(result: dict[str, Any], file: Path) -> dict[str, Any]:
-    """And what an earlier run found on other texts, with that run's header, if it was of the same weights."""
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    if any(earlier.get(key) != result[key] for key in ("bits", "source_sha256", "calibration", "details")):
-        return result
-    texts = {name: {"header": earlier["header"], **text} for name, text in earlier["texts"].items()}
-    return result | {"texts": texts | result["texts"]}
+def other_texts(file: Path, weights: str, texts: list[str]) -> dict[str, Any]:
+    """What an earlier run found on other texts, with that run's header. Ends the program where it had other weights."""
+    earlier = json.loads(file.read_text()) if file.exists() else {"texts": {}}
+    others = {
+        name: {"header": earlier["header"], **text} for name, text in earlier["texts"].items() if name not in texts
+    }
+    if others and earlier.get("weights_sha256") != weights:
+        raise SystemExit(f"{file}: {', '.join(others)} may be of other weights; name them in --evaluate, too")
+    return others
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Of everything that the model multiplies with, as it does."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def measure_tasks(subject: Subject, row: str, made: Made, tasks: Any) -> dict[str, Any]:
@@ -414,7 +427,7 @@ def main() -> None:
             result = measure_tasks(subject, row, make(subject), tasks)
         else:
             file = RESULTS / f"{subject.name}-{row}.json"
-            result = with_other_texts(measure(subject, row, make(subject), arguments.evaluate.split(",")), file)
+            result = measure(subject, row, make(subject), arguments.evaluate.split(","), file)
         file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         padded = row["details"].get("bits_of_padded")
         cells = [row["row"], f"{row['bits']:.3f}" + (f" ({padded:.3f} padded)" if padded else "")]
         cells += [_perplexity(row["texts"][name]["perplexity"]) if name in row["texts"] else "" for name in texts]
-        divergence = row["texts"]["wiki"]["divergence"]
+        divergence = row["texts"].get("wiki", {}).get("divergence")
         if divergence:
             cells += [f"{divergence['mean_kl']:.3f}", f"{100 * divergence['top1_agreement']:.1f} %"]
         else:

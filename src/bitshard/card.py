@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitshard import __version__
-from bitshard.checkpoint import CARD, reason
+from bitshard.checkpoint import CARD, Checkpoint, reason
 from bitshard.errors import CheckpointError
 from bitshard.layout import GptqLayout
 from bitshard.quantconfig import QuantConfig
@@ -56,7 +56,7 @@ def model_card(source_folder: Path, quantization: QuantConfig, average_bits: flo
     plain = ""
     if isinstance(layout, GptqLayout) and isinstance(quantization.spec, QuantSpec) and not quantization.spec.desc_act:
         version = "" if layout.zeros_version == 1 else " of version 2 (`gptq_v2`)"
-        plain = f"It is an ordinary GPTQ file{version}, for any engine that reads these; with bitshard's kernels:\n\n"
+        plain = f"It is an ordinary GPTQ file{version}, which vLLM and GPTQModel read; with bitshard's kernels:\n\n"
     original = source_folder / CARD
     readable = original.is_file() and os.access(original, os.R_OK)  # else Writer refuses to copy it
     head = original.read_text(encoding="utf-8", errors="ignore").split("\n---", 1)[0] if readable else ""
@@ -95,8 +95,15 @@ LLM("FOLDER"{method})
 {NOTHING}"""
 
 
-def require_card(folder: Path) -> str:
-    """The text of a checkpoint's card; CheckpointError where there is none that a measurement can be added to."""
+def require_card(folder: Path, reference: Path | None = None) -> str:
+    """The text of a checkpoint's card; CheckpointError where there is none that a measurement can be added to, and for
+    a reference that the card would call a 16-bit model though it is none.
+    """
+    if reference is not None and Checkpoint.open(reference).quantization is not None:
+        raise CheckpointError(
+            str(reference), "a quantized checkpoint", "the 16-bit model, as --card will say",
+            "compare with that, or leave --card out",
+        )  # fmt: skip
     path, found = folder / CARD, ""
     try:
         text = path.read_text(encoding="utf-8")

@@ -550,7 +550,7 @@ def evaluate(
         raise typer.BadParameter("has what was found on a --text", param_hint="--card")
     path, reference = resolve(checkpoint), None if against is None else resolve(against)
     if card:
-        require_card(path)
+        require_card(path, reference)
     text_options = None if text is None else TextOptions(text, context, stride, windows, reference)
     task_options = None if tasks is None else TaskOptions(tasks.split(","), limit, include_path)
     report = run(path, text_options, task_options, _progress, backend)
@@ -636,6 +636,8 @@ def serve(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree, of vllm.")] = 1,
 ) -> None:
     """OpenAI's chat and completion calls, by an engine's own server; options that are not listed here go to it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from bitshard.serve import ServeOptions, command
     from bitshard.sources import resolve
 
@@ -644,6 +646,7 @@ def serve(
     arguments, environment = command(folder, options)
     where = f"http://{host}:{port}/v1 when it has loaded the model, which requests call {folder}"
     err_console.print(f"{engine} serves at {where}", highlight=False)
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it transformers' list of models is an error
     os.execve(arguments[0], arguments, environment)
 
 

@@ -300,6 +300,8 @@ def side_by_side(parts: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
 
     A call costs some 20 us of Python and threads that wait for each other, whatever its size.
     """
+    if x.shape[-1] != parts[0].columns:
+        raise parts[0].another_width(x)
     metadata, outliers = zip(*(part.tensors() for part in parts), strict=True)
     wides = [wide_strips(part.spec.bits, part.spec.fraction_4bit) for part in parts]
     weights = (

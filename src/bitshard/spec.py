@@ -315,7 +315,7 @@ def requested(format: str, recipe: str | None, options: Mapping[str, Any]) -> tu
         if name not in _options(format):
             groups = f", whose groups are strips of {STRIP}" if name == "group_size" else ""
             other = "gptq" if format == "mix64" else "mix64"
-            fix = f"leave it out, or choose format {other}" if name in _options(other) else "leave it out"
+            fix = f"leave it out, or choose format {other}" if given.keys() <= _options(other) else "leave it out"
             raise SpecError(name, repr(given[name]), f"the options of format {format}{groups}", fix)
     if {"average_bits", "fraction_4bit"} <= given.keys():
         raise SpecError(

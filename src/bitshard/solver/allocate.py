@@ -122,10 +122,10 @@ def relative_errors(W_NK: torch.Tensor, diagonal_K: torch.Tensor) -> list[float]
 
 
 def spend(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """Which of its choices each matrix takes, so that all sizes together stay within the budget and errors are least.
+    """Which of its choices each matrix takes, so that all sizes together stay within the budget and errors are small.
 
     errors and sizes: of each matrix's choices. From the smallest on, the step that saves most error per byte is taken,
-    over a choice that is no help by itself if need be, until none fits.
+    over a choice that is no help by itself if need be, until none fits: the least errors but for the last few bytes.
     """
     # with outliers, which only 2-bit strips have, all strips at 4 bits may be the smallest
     chosen = [min(zip(own, wrong, range(len(own)), strict=True))[2] for own, wrong in zip(sizes, errors, strict=True)]
