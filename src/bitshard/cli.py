@@ -636,17 +636,15 @@ def serve(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree, of vllm.")] = 1,
 ) -> None:
     """OpenAI's chat and completion calls, by an engine's own server; options that are not listed here go to it."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     from bitshard.serve import ServeOptions, command
-    from bitshard.sources import resolve
+    from bitshard.sources import make_hub_cache, resolve
 
     options = ServeOptions(engine, host, port, backend, tp, context.args)
     folder = resolve(checkpoint)
     arguments, environment = command(folder, options)
     where = f"http://{host}:{port}/v1 when it has loaded the model, which requests call {folder}"
     err_console.print(f"{engine} serves at {where}", highlight=False)
-    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it transformers' list of models is an error
+    make_hub_cache()
     os.execve(arguments[0], arguments, environment)
 
 

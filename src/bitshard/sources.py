@@ -237,3 +237,10 @@ def _convert_gguf(path: Path, out: Path) -> None:
         del model.config.quantization_config
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def make_hub_cache() -> None:
+    """The folder that downloads are kept in: where there is none, transformers' server cannot list its models."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
