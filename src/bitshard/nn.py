@@ -298,18 +298,20 @@ def fits_one_call(parts: Sequence[PackedLinear]) -> bool:
 def side_by_side(parts: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
     """What matrices of `mix64` make of one activation [..., K], in one call of the C kernels, without biases: [..., N].
 
-    A call costs some 20 us of Python and threads that wait for each other, whatever its size.
+    What it saves: `kernels.fuse`, which finds such matrices in a compiled graph.
     """
     if x.shape[-1] != parts[0].columns:
         raise parts[0].another_width(x)
     metadata, outliers = zip(*(part.tensors() for part in parts), strict=True)
-    wides = [wide_strips(part.spec.bits, part.spec.fraction_4bit) for part in parts]
-    weights = (
+    y: torch.Tensor = mix64_linears(
+        x,
         [part.qweight for part in parts],
-        [first for first, *_ in metadata],
-        [t for three in outliers for t in three],
+        [scales2 for scales2, *_ in metadata],
+        [tensor for three in outliers for tensor in three],
+        [part.rows for part in parts],
+        [wide_strips(part.spec.bits, part.spec.fraction_4bit) for part in parts],
+        parts[0].backend,
     )
-    y: torch.Tensor = mix64_linears(x, *weights, [part.rows for part in parts], wides, parts[0].backend)
     return y
 
 
