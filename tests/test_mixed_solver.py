@@ -28,7 +28,7 @@ from bitshard.solver.allocate import (
     spend,
     strip_importance,
 )
-from bitshard.solver.gptq import DAMP, SolveReport
+from bitshard.solver.gptq import SolveReport
 from bitshard.solver.hessian import CORRECTION_DAMP, Hessian, inverse_factor, squared_outputs
 from bitshard.solver.mixed import solve_mixed
 from bitshard.spec import PAPER_RECIPES, STRIP, MixRecipe, MixSpec, QuantSpec, requested, zero_base
@@ -41,6 +41,7 @@ SPECS = [
 ]
 SHAPES = [(1, 16), (70, 100), (257, 65), (5, 200)]  # N no multiple of 64, K neither of 64 nor of 16
 MINMAX = MixRecipe(ranges="minmax")
+DAMP = MixRecipe().damp
 
 
 def name_of(spec: MixSpec) -> str:
@@ -308,7 +309,7 @@ def test_more_damping_where_it_is_needed() -> None:
     """An eigenvalue of -0.05 needs more damping than 0.01 of the mean diagonal, 1; refining needs it too."""
     H_KK = torch.eye(64)
     H_KK[0, 1] = H_KK[1, 0] = 1.05
-    weight, report = solve_mixed(weights(8, 64, 0), H_KK, MixSpec(), MixRecipe(), "w")
+    weight, report = solve_mixed(weights(8, 64, 0), H_KK, MixSpec(), MixRecipe(damp=0.01), "w")
     assert report.damp == pytest.approx(0.1) and weight.dequantize().isfinite().all()
 
 
@@ -393,7 +394,7 @@ def test_channels_hardly_seen_keep_their_weights(drift_of: str) -> None:
     quiet = slice(12, None)
     kept = [
         float((found.corrected(W_NK, damp)[:, quiet] * W_NK[:, quiet]).sum() / W_NK[:, quiet].square().sum())
-        for damp in (DAMP, CORRECTION_DAMP)
+        for damp in (0.01, CORRECTION_DAMP)
     ]
     assert kept[0] < 0.5 and kept[1] > 0.9
 
@@ -598,6 +599,10 @@ REFUSED_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "budget NaN": ({"average_bits": float("nan")}, "average_bits: found nan"),
     "endless budget": ({"average_bits": float("inf")}, "average_bits: found inf"),
+    "damping below 0": ({"damp": -0.1}, "damp: found -0.1; allowed: a share of the mean activity from 0 to 1"),
+    "more damping than activity": ({"damp": 1.1}, "damp: found 1.1"),
+    "damping NaN": ({"damp": float("nan")}, "damp: found nan"),
+    "damping as text": ({"damp": "x"}, "damp: found 'x'"),
     "outliers as text": ({"outliers": "x"}, "outliers: found 'x'"),
     "no outliers": ({"outliers": None}, "outliers: found None"),
     "budget as text": ({"average_bits": "3"}, "average_bits: found '3'"),
@@ -627,13 +632,14 @@ def test_gptq_has_neither_outliers_nor_a_budget() -> None:
             recipe.check(QuantSpec())
 
 
-PLAIN_GPTQ = MixRecipe("none", "hessian", "minmax", 0.0, correct=False)
+PLAIN_GPTQ = MixRecipe("none", "hessian", "minmax", 0.0, correct=False, damp=0.01)
 REQUESTS: dict[str, tuple[str, str | None, dict[str, Any], tuple[QuantSpec | MixSpec, MixRecipe]]] = {
     "nothing": ("mix64", None, {"bits": None, "order": None}, (MixSpec(), MixRecipe(average_bits=2.91))),
     "3 bits": ("mix64", None, {"bits": 3}, (MixSpec(3, 0.0), MixRecipe())),
     "2 bits": ("mix64", None, {"bits": 2, "correct": False}, (MixSpec(), MixRecipe(correct=False))),
     "a budget": ("mix64", None, {"average_bits": 3.3}, (MixSpec(), MixRecipe(average_bits=3.3))),
     "unordered": ("mix64", None, {"order": "none"}, (MixSpec(), MixRecipe("none", average_bits=2.91))),
+    "damped": ("mix64", None, {"damp": 0.01}, (MixSpec(), MixRecipe(average_bits=2.91, damp=0.01))),
     "plain 2 bits": ("mix64", None, {"fraction_4bit": 0.0}, (MixSpec(2, 0.0), MixRecipe())),
     "paper's metadata": (
         "mix64", None, {"metadata": "paper", "outliers": 0.01, "ranges": "minmax", "ranking": "range"},
@@ -645,8 +651,8 @@ REQUESTS: dict[str, tuple[str, str | None, dict[str, Any], tuple[QuantSpec | Mix
         (QuantSpec(4, 64, False), replace(PLAIN_GPTQ, order="model")),
     ),
     "gptq corrected": ("gptq", None, {"correct": True}, (QuantSpec(), replace(PLAIN_GPTQ, correct=True))),
-    "v1": ("mix64", "paper-v1", {}, (PAPER, MixRecipe("none", "range", "minmax", 0.002, correct=False))),
-    "v4": ("mix64", "paper-v4", {"bits": None}, (PAPER, MixRecipe("none", "hessian", "minmax", 0.005, correct=False))),
+    "v1": ("mix64", "paper-v1", {}, (PAPER, replace(PLAIN_GPTQ, ranking="range", outliers=0.002))),
+    "v4": ("mix64", "paper-v4", {"bits": None}, (PAPER, replace(PLAIN_GPTQ, outliers=0.005))),
 }  # fmt: skip
 
 

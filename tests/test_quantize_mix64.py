@@ -291,6 +291,19 @@ def test_without_an_order_of_the_model(spec: MixSpec, recipe: MixRecipe, text: P
     assert (found - exact).square().sum() < exact.square().sum()
 
 
+@pytest.mark.parametrize("format", ["mix64", "gptq"])
+def test_damping_is_what_was_asked_for(format: str, model: Path, text: Path, tmp_path: Path) -> None:
+    """Much of it follows the inputs less: weights stay nearer to what they were, outputs do not."""
+    usual, spec = (MixRecipe(), MixSpec(4, 0.0)) if format == "mix64" else (GPTQ_RECIPE, QuantSpec(4, 16))
+    before, off = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters()), dict[float, float]()
+    for damp in (usual.damp, 1.0):
+        report = quantize(model, tmp_path / str(damp), spec, small(text), replace(usual, order="none", damp=damp))
+        assert {m.damp for m in report.matrices} == {damp}
+        after = dense_model(tmp_path / str(damp)).named_parameters()
+        off[damp] = sum(float((weight - before[name]).detach().square().sum()) for name, weight in after)
+    assert off[1.0] < off[usual.damp]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "glm", "gpt_bigcode"])
 def test_ordered_and_padded(model_type: str, text: Path, tmp_path: Path) -> None:
     """Both edits at once; the zeros come after the order."""

@@ -102,10 +102,10 @@ def test_equals_the_slow_twin_over_several_blocks(
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_better_than_rounding(spec: QuantSpec) -> None:
     W, H = problem(16, 96, seed=3)
-    rounded, _ = gptq(W, torch.eye(96, dtype=torch.float64), QuantSpec(spec.bits, spec.group_size, spec.sym), "w")
+    rounded, _ = gptq(W, torch.eye(96, dtype=torch.float64), QuantSpec(spec.bits, spec.group_size, spec.sym), "w", DAMP)
     error = W - rounded.dequantize().T
     rounding_error = float(((error.double() @ H) * error).sum() / ((W.double() @ H) * W).sum())
-    assert gptq(W, H, spec, "w")[1].relative_error < 0.8 * rounding_error
+    assert gptq(W, H, spec, "w", DAMP)[1].relative_error < 0.8 * rounding_error
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -113,7 +113,7 @@ def test_better_than_rounding(spec: QuantSpec) -> None:
 def test_identity_hessian_rounds_to_nearest(bits: int, sym: bool) -> None:
     W, _ = problem(4, 32, seed=bits)
     spec = QuantSpec(bits, 16, sym)
-    weight, _ = gptq(W, torch.eye(32, dtype=torch.float64), spec, "w")
+    weight, _ = gptq(W, torch.eye(32, dtype=torch.float64), spec, "w", DAMP)
     for start in (0, 16):
         scale, zero = twin_grid(W[:, start : start + 16].double(), spec)
         codes = (W[:, start : start + 16] / scale[:, None]).round() + zero[:, None]
@@ -123,7 +123,7 @@ def test_identity_hessian_rounds_to_nearest(bits: int, sym: bool) -> None:
 
 def test_order_follows_the_diagonal_and_rows_stay() -> None:
     W, H = problem(4, 48, seed=5)
-    weight, _ = gptq(W, H, QuantSpec(4, 16, desc_act=True), "w")
+    weight, _ = gptq(W, H, QuantSpec(4, 16, desc_act=True), "w", DAMP)
     order = torch.argsort(H.diagonal(), descending=True)
     assert torch.equal(weight.g_idx_K[order], trivial_g_idx(48, 16))
     for spec in (
@@ -131,12 +131,12 @@ def test_order_follows_the_diagonal_and_rows_stay() -> None:
         QuantSpec(4, 16, desc_act=True, static_groups=True),
         QuantSpec(4, -1, desc_act=True),
     ):
-        assert gptq(W, H, spec, "w")[0].is_trivial
+        assert gptq(W, H, spec, "w", DAMP)[0].is_trivial
 
 
 def test_types_of_the_result() -> None:
     W, H = problem(4, 32, seed=0)
-    weight, _ = gptq(W.half(), H.float(), QuantSpec(4, 16), "w")
+    weight, _ = gptq(W.half(), H.float(), QuantSpec(4, 16), "w", DAMP)
     types = [t.dtype for t in (weight.codes_KN, weight.scales_GN, weight.zeros_GN, weight.g_idx_K)]
     assert types == [torch.uint8, torch.float16, torch.uint8, torch.int32]
 
@@ -144,7 +144,7 @@ def test_types_of_the_result() -> None:
 @pytest.mark.parametrize("sym", [True, False])
 def test_one_sided_weights_keep_their_largest(sym: bool) -> None:
     W, H = problem(4, 32, seed=1)
-    weight, _ = gptq(W.abs() + 1, H, QuantSpec(8, 32, sym), "w")
+    weight, _ = gptq(W.abs() + 1, H, QuantSpec(8, 32, sym), "w", DAMP)
     assert (weight.dequantize().T.amax(1) > 0.9 * (W.abs() + 1).amax(1)).all()
 
 
@@ -155,15 +155,15 @@ def test_dead_channels_become_zero_and_harm_nobody(desc_act: bool) -> None:
     H[dead], H[:, dead] = 0.0, 0.0
     W[:, 7] = 1e4
     spec = QuantSpec(4, -1, desc_act=desc_act, sym=False)
-    weight, report = gptq(W, H, spec, "w")
+    weight, report = gptq(W, H, spec, "w", DAMP)
     assert report.dead == 3 and not weight.dequantize()[dead].any()
     alive = torch.tensor([j for j in range(40) if j not in dead.tolist()])
-    alone, _ = gptq(W[:, alive], H[alive][:, alive], spec, "w")
+    alone, _ = gptq(W[:, alive], H[alive][:, alive], spec, "w", DAMP)
     assert torch.equal(weight.dequantize()[alive], alone.dequantize())
 
 
 def test_all_channels_dead() -> None:
-    weight, report = gptq(torch.randn(4, 16), torch.zeros(16, 16), QuantSpec(4, 8), "w")
+    weight, report = gptq(torch.randn(4, 16), torch.zeros(16, 16), QuantSpec(4, 8), "w", DAMP)
     assert report.dead == 16 and report.relative_error == 0 and not weight.dequantize().any()
 
 
@@ -171,7 +171,7 @@ def test_tiny_and_zero_weights_stay_finite() -> None:
     _, H = problem(2, 16, seed=0)
     W = torch.zeros(3, 16)
     W[1] = 1e-9
-    weight, _ = gptq(W, H, QuantSpec(4, 8), "w")
+    weight, _ = gptq(W, H, QuantSpec(4, 8), "w", DAMP)
     assert not weight.dequantize()[:, [0, 2]].any() and weight.dequantize().isfinite().all()
 
 
@@ -201,7 +201,7 @@ NAN_W = torch.full((4, 16), float("nan"))
 )
 def test_refuses_by_name(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, kind: type, says: str) -> None:
     with pytest.raises(kind, match=f"^model.layers.3.mlp.up_proj: found .*{says}"):
-        gptq(W, H, spec, "model.layers.3.mlp.up_proj")
+        gptq(W, H, spec, "model.layers.3.mlp.up_proj", DAMP)
 
 
 def test_hessian_streams() -> None:

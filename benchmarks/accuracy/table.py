@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
-ABLATION = "ours-2.9-"  # how the names of rows begin in which one thing differs from `ours-2.9`
+ABLATION = "ours-2.9-"  # how the names of rows begin in which one thing differs from `ours-2.9-damp-0.01`
 
 
 def table(rows: list[dict[str, Any]]) -> str:

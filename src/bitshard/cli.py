@@ -220,6 +220,9 @@ def quantize(
     correct: Annotated[
         bool | None, typer.Option("--correct/--no-correct", help="Make up for earlier blocks. [mix64: yes, gptq: no]")
     ] = None,
+    damp: Annotated[
+        float | None, typer.Option(help="Of the mean activity, added to every channel's. [mix64: 0.05, gptq: 0.01]")
+    ] = None,
     tune: Annotated[
         int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples. [0]")
     ] = None,
@@ -251,6 +254,7 @@ def quantize(
             "bits": bits, "fraction_4bit": fraction_4bit, "metadata": metadata, "outliers": outliers, "order": order,
             "ranking": ranking, "ranges": ranges, "correct": correct, "group_size": group_size, "sym": sym,
             "desc_act": desc_act, "static_groups": static_groups, "average_bits": average_bits, "tune": tune,
+            "damp": damp,
         },
     )  # fmt: skip
     segments = Calibration(calibration, samples, length, seed)

@@ -599,7 +599,7 @@ def _solve(
     if isinstance(job.spec, MixSpec):
         mixed, report = solve_mixed(W_NK, H_KK, job.specs.get(name, job.spec), job.recipe, name)
         return mixed, mixed.dequantize(), report
-    weight, report = gptq(W_NK, H_KK, job.spec, name)
+    weight, report = gptq(W_NK, H_KK, job.spec, name, job.recipe.damp)
     return weight, weight.dequantize().T, report
 
 

@@ -211,7 +211,9 @@ class MixRecipe:
     inputs that the blocks before have changed (2504.02692), not at each matrix's own. average_bits: each matrix gets
     the fraction of 4-bit strips that lowers the model's errors most, within so many bits in all, for each weight
     of the model; the default gives way where blocks that zeros fill up leave no room for it. tune: steps of tuning all
-    codes of a block together, against the outputs of the 16-bit block; 0 for none.
+    codes of a block together, against the outputs of the 16-bit block; 0 for none. damp: of the inputs' mean activity,
+    added to every channel's before weights are rounded (2210.17323 section 3.3), so that less is made of what a short
+    text happens to say.
     """
 
     order: str = "model"
@@ -221,6 +223,7 @@ class MixRecipe:
     correct: bool = True
     average_bits: float | None = None
     tune: int = 0
+    damp: float = 0.05
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -246,6 +249,8 @@ class MixRecipe:
                 f"about 2.41, 2 bits for all strips, to 4.41, 4 bits for all; {MOST_AVERAGE_BITS} with outliers",
                 "for example 2.91",
             )  # fmt: skip
+        if not _is_number(self.damp) or not 0 <= self.damp <= 1:
+            raise SpecError("damp", repr(self.damp), "a share of the mean activity from 0 to 1", "for example 0.05")
         if type(self.tune) is not int or self.tune < 0:
             raise SpecError("tune", repr(self.tune), "a number of steps, 0 or more", "for example 100")
         if self.tune and not self.correct:
@@ -272,11 +277,11 @@ class MixRecipe:
 
 
 MIX_RECIPE = MixRecipe(average_bits=2.91)  # what MixSpec() is filled by when nothing else is asked for
-GPTQ_RECIPE = MixRecipe(order="none", ranges="minmax", correct=False)  # 2210.17323 as it is
+GPTQ_RECIPE = MixRecipe(order="none", ranges="minmax", correct=False, damp=0.01)  # 2210.17323 as it is
 # 2311.16442 as far as it is known (docs/accuracy.md says what is not): spec and recipe by the paper's version
 PAPER_RECIPES = {
-    "paper-v1": (MixSpec(metadata="paper"), MixRecipe("none", "range", "minmax", 0.002, correct=False)),
-    "paper-v4": (MixSpec(metadata="paper"), MixRecipe("none", "hessian", "minmax", 0.005, correct=False)),
+    "paper-v1": (MixSpec(metadata="paper"), replace(GPTQ_RECIPE, ranking="range", outliers=0.002)),
+    "paper-v4": (MixSpec(metadata="paper"), replace(GPTQ_RECIPE, ranking="hessian", outliers=0.005)),
 }
 
 

@@ -16,7 +16,6 @@ from bitshard.solver.hessian import inverse_factor, squared_outputs
 from bitshard.spec import QuantSpec
 
 BLOCK = 128  # channels whose feedback reaches the rest at once (section 3.3, lazy batch updates)
-DAMP = 0.01  # section 3.3
 SMALLEST_SCALE = 2.0**-24  # fp16's smallest positive number
 
 
@@ -59,13 +58,14 @@ class _Grid:
 
 @torch.no_grad()
 def gptq(
-    W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str, damp: float = DAMP
+    W_NK: torch.Tensor, H_KK: torch.Tensor, spec: QuantSpec, name: str, damp: float
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize a matrix against the Hessian of its inputs. Computes in the dtype and on the device of H_KK.
 
     desc_act visits channels in order of falling diag(H). Groups are runs of channels in that order, with ranges from
     the weights as feedback left them; static groups, and one group for all, are runs in natural order with ranges from
-    the weights as they came. Rows keep their places either way: `g_idx` says which group each belongs to.
+    the weights as they came. Rows keep their places either way: `g_idx` says which group each belongs to. damp: of the
+    mean of diag(H), added to all of it; the paper has 0.01 (section 3.3).
 
     Raises SpecError when groups do not divide K; SolverError for values that are not finite, scales beyond fp16 or a
     Hessian that cannot be factored. Both carry `name`.

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from bitshard.errors import SolverError
 from bitshard.mixed import MixedWeight, Outliers, strip_widths
 from bitshard.solver.allocate import choose_outliers, choose_strips, fit_ranges, share_of_wide_strips, strip_importance
-from bitshard.solver.gptq import DAMP, SMALLEST_SCALE, SolveReport, alive, check_finite
+from bitshard.solver.gptq import SMALLEST_SCALE, SolveReport, alive, check_finite
 from bitshard.solver.hessian import factor, squared_outputs
 from bitshard.spec import BLOCK, STRIP, MixRecipe, MixSpec, zero_base
 
@@ -147,7 +147,7 @@ class _Matrix:
         within_SR = self.H_KK.diagonal().view(-1, STRIP).argsort(dim=1, descending=True, stable=True)
         starts_S1 = torch.arange(0, self.W_NK.shape[1], STRIP, device=within_SR.device)[:, None]
         visit_K = (within_SR + starts_S1)[order_S].flatten()
-        return visit_K, *factor(self.H_KK, visit_K, name, DAMP)
+        return visit_K, *factor(self.H_KK, visit_K, name, self.recipe.damp)
 
     def relative_error(self, state: _State, damp: float) -> float:
         """Squared error of the outputs, tr(E H E^T), over what they are; undamped."""
