@@ -4,9 +4,10 @@
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows 16-bit,ours-2.9,paper-v4
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --checkpoint mine=OUT
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows ours-2.9,gptq-3 --tasks piqa,arc_easy
+    python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows 16-bit,ours-2.9 --evaluate c4 --windows 3
 
 Every row is evaluated by `bitshard.evaluate` in fp32 on the dequantized weights, on the first 20 windows of 1,024
-tokens of each text; KL and top-1 agreement against the 16-bit model on the wiki windows; with --tasks on those instead,
+tokens of each text (--windows: fewer, in a file of their own); KL and top-1 agreement against the 16-bit model on the wiki windows; with --tasks on those instead,
 in a file of its own. Other programs' rows need their own virtual environments (README.md); what is quantized is kept
 under --work and reused.
 """
@@ -41,7 +42,7 @@ from bitshard.sources import load_tokenizer, resolve, tokens_before
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "accuracy"
 SAMPLES, LENGTH = 64, 512  # of calibration
-CONTEXT, WINDOWS = 1024, 20  # of evaluation
+CONTEXT, WINDOWS = 1024, 20  # of evaluation, without --windows
 DOCUMENTS = 200  # of each task
 UNCOUNTED = ("bias", "g_idx")  # a bias is 16-bit in every row; g_idx is left out in favour of those who need it
 
@@ -301,7 +302,9 @@ def measure(subject: Subject, row: str, made: Made, texts: list[str], file: Path
     weights = weights_sha256(made.model)
     results = other_texts(file, weights, texts)
     for name in texts:
-        windows = text_windows(subject.tokenizer, subject.text(name), CONTEXT, count=WINDOWS, where=name)
+        windows = text_windows(
+            subject.tokenizer, subject.text(name), CONTEXT, count=subject.arguments.windows, where=name
+        )
         against = subject.reference if row != "16-bit" else None
         results[name] = asdict(perplexity(made.model, windows, against))
         results[name]["sha256"] = sha256(subject.text_file(name))
@@ -403,6 +406,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help=f"all, or with commas of {', '.join(ROWS)}")
     parser.add_argument("--checkpoint", type=_pair, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--evaluate", default="wiki,c4", help="texts, of wiki, plain, c4 and code")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of each text, {WINDOWS} in the tables")
     parser.add_argument("--tasks", help="of lm-eval's and benchmarks/tasks, instead of texts; needs bitshard[eval]")
     parser.add_argument("--texts", type=Path, default=Path("build/accuracy/texts"), help="where texts.py wrote them")
     parser.add_argument(
@@ -429,7 +433,8 @@ def main() -> None:
             file = RESULTS / f"tasks-{subject.name}-{row}.json"
             result = measure_tasks(subject, row, make(subject), tasks)
         else:
-            file = RESULTS / f"{subject.name}-{row}.json"
+            fewer = f"-{arguments.windows}-windows" if arguments.windows != WINDOWS else ""
+            file = RESULTS / f"{subject.name}-{row}{fewer}.json"
             result = measure(subject, row, make(subject), arguments.evaluate.split(","), file)
         file.write_text(json.dumps(result, indent=1) + "\n")
 
