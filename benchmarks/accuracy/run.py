@@ -7,9 +7,9 @@
     python benchmarks/accuracy/run.py --model smollm2-135m=SmolLM2.gguf --rows 16-bit,ours-2.9 --evaluate c4 --windows 3
 
 Every row is evaluated by `bitshard.evaluate` in fp32 on the dequantized weights, on the first 20 windows of 1,024
-tokens of each text (--windows: fewer, in a file of their own); KL and top-1 agreement against the 16-bit model on the wiki windows; with --tasks on those instead,
-in a file of its own. Other programs' rows need their own virtual environments (README.md); what is quantized is kept
-under --work and reused.
+tokens of each text (--windows: fewer, in a file of their own), with KL and top-1 agreement against the 16-bit model;
+with --tasks on those instead, in a file of its own. Other programs' rows need their own virtual environments
+(README.md); what is quantized is kept under --work and reused.
 """
 
 from __future__ import annotations
