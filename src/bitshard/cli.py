@@ -444,6 +444,8 @@ def _origin(value: object) -> object:
     """A fact of the provenance as a line has room for it; --json has every digit of a hash."""
     if isinstance(value, dict):
         return _settings(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
@@ -603,7 +605,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Use the chat template, if there is one.")] = True,
     backend: Backend = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile a token's step first, for up to a minute: for long texts.")
+        bool, typer.Option("--compile", help="Compile a token's step first, for 10 to 100 s: for long texts.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -617,7 +619,7 @@ def generate(
         max_new_tokens, temperature, seed, chat, stream=not as_json, backend=backend, compile=compile
     )
     if compile and tp == 1:
-        err_console.print("compiling a token's step first: 10 s to a minute", highlight=False)
+        err_console.print("compiling a token's step first: 10 to 100 s", highlight=False)
     report = run(resolve(checkpoint), prompt, options, tp, parse_strategy(strategy))
     if os.environ.get("RANK", "0") != "0":
         return

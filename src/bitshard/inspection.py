@@ -181,7 +181,10 @@ def draw(inspection: Inspection, path: Path) -> None:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            str(path), reason(error), "a picture file that can be written", "choose another name, such as bits.png"
+            str(path),
+            reason(error),
+            "a picture file that can be written",
+            "choose another name, such as bits.png, in a folder that is there",
         ) from None
 
 
