@@ -209,8 +209,9 @@ def test_what_the_kernels_cannot_read_stays_as_it_is() -> None:
         assert torch.equal(linear(torch.eye(len(W_KN))), W_KN)
 
 
-def test_a_dense_layer_in_eight_bits() -> None:
-    """Half a step of each group of 64 at most, from unit tokens; a bias is kept."""
+def test_a_dense_layer_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a step of each group of 64 at most, from unit tokens, however many rows at once; a bias is kept."""
+    monkeypatch.setattr("bitshard.nn.AT_ONCE", 16)
     dense = torch.nn.Linear(128, 50)
     W_NK, linear = dense.weight.detach().clone(), eight_bit(dense.weight, dense.bias)
     linear.backend = "cpu"

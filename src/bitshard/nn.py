@@ -205,6 +205,7 @@ class QuantLinear(PackedLinear):
 
 
 HEAD = QuantSpec(bits=8, group_size=64)
+AT_ONCE = 4096  # rows that are rounded together: all of 151,936 x 896 would take nine bytes a weight for a moment
 
 
 def fits_eight_bit(W_NK: torch.Tensor) -> bool:
@@ -215,12 +216,17 @@ def fits_eight_bit(W_NK: torch.Tensor) -> bool:
 def eight_bit(W_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> QuantLinear:
     """A dense matrix, any float dtype, rounded to the nearest of 8 bits in groups of 64, for the C kernels."""
     n, k = W_NK.shape
-    W_GBN = W_NK.detach().float().T.reshape(-1, HEAD.group_size, n)
-    scales_GN = (W_GBN.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-    codes_KN = (W_GBN / scales_GN[:, None]).round_().add_(128).view(k, n).to(torch.uint8)
+    qweight = torch.empty(k * HEAD.bits // WORD_BITS, n, dtype=torch.int32)
+    scales_GN = torch.empty(k // HEAD.group_size, n)
+    for start in range(0, n, AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        W_GBR = W_NK[rows].detach().float().T.reshape(len(scales_GN), HEAD.group_size, -1)
+        scales_GN[:, rows] = (W_GBR.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        codes_GBR = (W_GBR / scales_GN[:, None, rows]).round_().add_(128)
+        qweight[:, rows] = pack(codes_GBR.view(k, -1).to(torch.uint8), HEAD.bits, dim=0)
     linear = QuantLinear(k, n, HEAD, GptqLayout(2), bias_N is not None, torch.float32)
     linear.g_idx, zeros_GN = None, torch.full(scales_GN.shape, 128, dtype=torch.uint8)
-    linear.replace(qweight=pack(codes_KN, HEAD.bits, dim=0), scales=scales_GN, qzeros=zeros_GN)
+    linear.replace(qweight=qweight, scales=scales_GN, qzeros=zeros_GN)
     if bias_N is not None:
         linear.replace(bias=bias_N.detach())
     linear.arrange()
