@@ -293,7 +293,7 @@ def test_without_an_order_of_the_model(spec: MixSpec, recipe: MixRecipe, text: P
 
 @pytest.mark.parametrize("format", ["mix64", "gptq"])
 def test_damping_is_what_was_asked_for(format: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Much of it follows the inputs less: weights stay nearer to what they were, outputs do not."""
+    """Much of it follows the inputs less: weights stay nearer to what they were."""
     usual, spec = (MixRecipe(), MixSpec(4, 0.0)) if format == "mix64" else (GPTQ_RECIPE, QuantSpec(4, 16))
     before, off = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters()), dict[float, float]()
     for damp in (usual.damp, 1.0):

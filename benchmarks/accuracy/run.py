@@ -156,8 +156,7 @@ def ours(subject: Subject, row: str) -> Made:
         program = ["-c", WITH_DAMPING.format(DAMPED[row])] if row in DAMPED else ["-m", "bitshard"]
         command = [sys.executable, *program, "quantize", str(subject.path), str(out)]
         command += ["--calibration", str(subject.text_file("mix")), "--samples", str(SAMPLES), "--length", str(LENGTH)]
-        command += OURS.get(row, "").format(subject=subject).split()  # of an option given twice the last one counts
-        command += ["--damp", "0.01"] if row.startswith(SWITCHED) else []
+        command += OURS[row].format(subject=subject).split()  # of an option given twice the last one counts
         if code := subprocess.run(command).returncode:  # it has said why
             raise SystemExit(code)
     made = checkpoint(subject, out)
@@ -238,16 +237,17 @@ def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
     )
 
 
-SWITCHED = "ours-2.9-"  # one thing more than the damping, which had been 1 % when these rows were measured
-OURS = {  # options of `bitshard quantize`
-    "ours-2.9": "",
-    "ours-2.5": "--average-bits 2.5",
-    "ours-2.6": "--average-bits 2.625",
-    "ours-3.3": "--average-bits 3.3",
-    "ours-4.2": "--average-bits 4.2",
-    "ours-tuned-2.9": "--tune 128",
-    "paper-v1": "--recipe paper-v1",
-    "paper-v4": "--recipe paper-v4",
+# damping of the correction's least squares in place of 0.3; no option sets it
+DAMPED = {f"ours-2.9-damped-{damp:g}": damp for damp in (0.01, 0.1, 1)}
+WITH_DAMPING = """
+from bitshard.cli import main
+from bitshard.solver.hessian import CORRECTION_DAMP, Hessian
+assert Hessian.corrected.__defaults__ == (CORRECTION_DAMP,)
+Hessian.corrected.__defaults__ = ({},)
+main()
+"""
+
+SWITCHED = {  # from rounding damped by 1 %, which had been the default: one thing more
     "ours-2.9-damp-0.01": "",
     "ours-2.9-natural-order": "--order none",
     "ours-2.9-ranked-by-range": "--ranking range",
@@ -259,18 +259,21 @@ OURS = {  # options of `bitshard quantize`
     "ours-2.9-one-fraction-paper-metadata": "--fraction-4bit 0.25 --metadata paper",
     "ours-2.9-32-segments": "--samples 32",
     "ours-2.9-128-segments": "--samples 128",
-    "ours-gptq-4": "--format gptq --bits 4 --group-size {subject.group_size} --order model",
+    **dict.fromkeys(DAMPED, ""),
 }
 
-# damping of the correction's least squares in place of 0.3; no option sets it
-DAMPED = {f"ours-2.9-damped-{damp:g}": damp for damp in (0.01, 0.1, 1)}
-WITH_DAMPING = """
-from bitshard.cli import main
-from bitshard.solver.hessian import CORRECTION_DAMP, Hessian
-assert Hessian.corrected.__defaults__ == (CORRECTION_DAMP,)
-Hessian.corrected.__defaults__ = ({},)
-main()
-"""
+OURS = {  # options of `bitshard quantize`
+    "ours-2.9": "",
+    "ours-2.5": "--average-bits 2.5",
+    "ours-2.6": "--average-bits 2.625",
+    "ours-3.3": "--average-bits 3.3",
+    "ours-4.2": "--average-bits 4.2",
+    "ours-tuned-2.9": "--tune 128",
+    "paper-v1": "--recipe paper-v1",
+    "paper-v4": "--recipe paper-v4",
+    "ours-gptq-4": "--format gptq --bits 4 --group-size {subject.group_size} --order model",
+    **{row: f"--damp 0.01 {options}" for row, options in SWITCHED.items()},
+}
 
 AUTOROUND: dict[str, dict[str, Any]] = {
     "autoround-2-g32": {"bits": 2, "group_size": 32},
@@ -281,7 +284,7 @@ AUTOROUND: dict[str, dict[str, Any]] = {
 
 ROWS: dict[str, Callable[[Subject], Made]] = {
     "16-bit": source,
-    **{row: partial(ours, row=row) for row in (*OURS, *DAMPED)},
+    **{row: partial(ours, row=row) for row in OURS},
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
     **{
         f"{row}-first-8": partial(first_blocks, row=row, count=8)
