@@ -153,7 +153,7 @@ def ours(subject: Subject, row: str) -> Made:
     """What `bitshard quantize` makes with the row's options."""
     out = subject.work(row)
     if not out.exists():
-        program = ["-c", WITH_DAMPING.format(DAMPED[row])] if row in DAMPED else ["-m", "bitshard"]
+        program = ["-c", WITH_CORRECTION.format(CORRECTION[row])] if row in CORRECTION else ["-m", "bitshard"]
         command = [sys.executable, *program, "quantize", str(subject.path), str(out)]
         command += ["--calibration", str(subject.text_file("mix")), "--samples", str(SAMPLES), "--length", str(LENGTH)]
         command += OURS[row].format(subject=subject).split()  # of an option given twice the last one counts
@@ -238,8 +238,8 @@ def padded(subject: Subject, kind: GGMLQuantizationType, imatrix: bool) -> Made:
 
 
 # damping of the correction's least squares in place of 0.3; no option sets it
-DAMPED = {f"ours-2.9-damped-{damp:g}": damp for damp in (0.01, 0.1, 1)}
-WITH_DAMPING = """
+CORRECTION = {f"ours-2.9-correction-{damp:g}": damp for damp in (0.01, 0.1, 1)}
+WITH_CORRECTION = """
 from bitshard.cli import main
 from bitshard.solver.hessian import CORRECTION_DAMP, Hessian
 assert Hessian.corrected.__defaults__ == (CORRECTION_DAMP,)
@@ -259,7 +259,7 @@ SWITCHED = {  # from rounding damped by 1 %, which had been the default: one thi
     "ours-2.9-one-fraction-paper-metadata": "--fraction-4bit 0.25 --metadata paper",
     "ours-2.9-32-segments": "--samples 32",
     "ours-2.9-128-segments": "--samples 128",
-    **dict.fromkeys(DAMPED, ""),
+    **dict.fromkeys(CORRECTION, ""),
 }
 
 OURS = {  # options of `bitshard quantize`
