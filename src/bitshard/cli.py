@@ -244,6 +244,7 @@ def quantize(
     _patient()
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
+    from bitshard.records import why_not_read
     from bitshard.sources import packaged_text
     from bitshard.spec import requested
 
@@ -288,6 +289,8 @@ def quantize(
             f"{tokens:,} calibration tokens are fewer than the {widest:,} channels that the largest matrix reads: "
             f"expect it to be much worse than with --samples {-(-2 * widest // length)} and more"
         )
+    if slow := why_not_read(spec, widest, "cpu"):
+        notes.append(f"no kernel reads it on a processor, plain torch runs it: {slow}")
     then = f"bitshard convert {out} {out}-tp" if desc_act else f"bitshard inspect {out}"
     _emit(report, as_json, table, *notes, f"next: {then}")
 
