@@ -1,74 +1,211 @@
-"""Print the accuracy tables in Markdown from the rows in benchmarks/results/accuracy, ablations apart.
+"""Write the tables of docs/accuracy.md from the rows in benchmarks/results/accuracy, or print a model's whole.
 
 python benchmarks/accuracy/table.py [MODEL ...]
+
+In the document a table stands below the comment that names it; one that no comment here names is left as it is.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
-ABLATION = "ours-2.9-"  # how the names of rows begin in which one thing differs from `ours-2.9-damp-0.01`
+DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
+TEXTS = ("wiki", "plain", "c4", "code")
+
+OURS = "**`bitshard quantize`**"
+GROUPS = ", group {group_size}"  # as the row's file says
+LABELS = {  # of the rows of a model's own table; ours are bold
+    "16-bit": "16-bit",
+    "ours-2.9": OURS,
+    **{f"ours-{bits}": f"**`bitshard quantize --average-bits {full}`**"
+       for bits, full in (("2.5", "2.5"), ("2.6", "2.625"), ("3.3", "3.3"), ("4.2", "4.2"))},
+    "ours-tuned-2.9": "**`bitshard quantize --tune 128`**",
+    "ours-gptq-4": f"**`bitshard quantize --format gptq --bits 4 --order model`{GROUPS}**",
+    **{f"gptq-{bits}": f"GPTQModel 7.6.0, {bits} bits{GROUPS}, act_order" for bits in (2, 3, 4)},
+    "autoround-light-3": f"AutoRound 0.16.1, 3 bits{GROUPS}, its light recipe",
+    "paper-v1": "`--recipe paper-v1`",
+    "paper-v4": "`--recipe paper-v4`",
+    "Q2_K-file": "llama.cpp's own Q2_K file",
+    "Q3_K_S-file": "llama.cpp's own Q3_K_S file",
+    "Q2_K-padded": "ggml Q2_K, K padded with zeros to 256",
+    "Q2_K-padded-imatrix": "ggml Q2_K with an importance matrix, padded",
+    "Q3_K-padded": "ggml Q3_K, padded",
+}  # fmt: skip
+SMOLLM2, QWEN, GEMMA = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma-3-270m"
+MODELS = {SMOLLM2: "SmolLM2-135M-Instruct", QWEN: "Qwen2.5-Coder-0.5B-Instruct", GEMMA: "Gemma-3-270M"}
+TASKS = ("lambada_openai", "arc_easy", "piqa")
+
+# name: the first column's head, the others, and each row's label and file
+OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
+    "correction": (
+        "damping of the correction, SmolLM2",
+        ("wiki", "c4", "KL wiki"),
+        {
+            "0.1 (`ours-2.9-correction-0.1`)": f"{SMOLLM2}-ours-2.9-correction-0.1",
+            "**0.3** (`ours-2.9-damp-0.01`)": f"{SMOLLM2}-ours-2.9-damp-0.01",
+            "no correction (`ours-2.9-no-correct`)": f"{SMOLLM2}-ours-2.9-no-correct",
+        },
+    ),
+    "damping": (
+        "`--damp`",
+        ("wiki", "KL wiki", "plain", "KL plain", "c4", "KL c4", "code", "KL code"),
+        {
+            f"{label}, {damp}": f"{model}-{row}"
+            for label, model in (("SmolLM2", SMOLLM2), ("Qwen2.5-Coder", QWEN), ("Gemma", GEMMA))
+            for damp, row in (("0.01", "ours-2.9-damp-0.01"), ("**0.05**", "ours-2.9"))
+        },
+    ),
+    "switched": (
+        "",
+        ("bits", "wiki", "c4", "KL wiki", "top-1 wiki"),
+        {
+            OURS: f"{SMOLLM2}-ours-2.9",
+            "rounding damped by 1 % (`--damp 0.01`)": f"{SMOLLM2}-ours-2.9-damp-0.01",
+            "natural order, strips gathered in each matrix (`--order none`)": f"{SMOLLM2}-ours-2.9-natural-order",
+            "min-max ranges (`--ranges minmax`)": f"{SMOLLM2}-ours-2.9-minmax",
+            "0.2 % of outliers, paid for with 4-bit strips (`--outliers 0.002`)": f"{SMOLLM2}-ours-2.9-outliers",
+            "channels ranked by range, not by the Hessian (`--ranking range`)": f"{SMOLLM2}-ours-2.9-ranked-by-range",
+            "one fraction of 4-bit strips for all (`--fraction-4bit 0.25`)": f"{SMOLLM2}-ours-2.9-one-fraction",
+            "the same with the paper's second order (`--metadata paper`)": (
+                f"{SMOLLM2}-ours-2.9-one-fraction-paper-metadata"
+            ),
+            "targets not corrected (`--no-correct`)": f"{SMOLLM2}-ours-2.9-no-correct",
+            "32 segments (the default of `--samples`)": f"{SMOLLM2}-ours-2.9-32-segments",
+        },
+    ),
+    "spaces": (
+        "Qwen2.5-Coder-0.5B",
+        ("bits", "wiki", "plain", "KL wiki", "KL plain"),
+        {
+            "16-bit": f"{QWEN}-16-bit",
+            OURS: f"{QWEN}-ours-2.9",
+            "the same, `--damp 0.01`": f"{QWEN}-ours-2.9-damp-0.01",
+            "`--damp 0.01 --ranges minmax`": f"{QWEN}-ours-2.9-minmax",
+            "`bitshard quantize --average-bits 2.5`": f"{QWEN}-ours-2.5",
+            "`--recipe paper-v1`": f"{QWEN}-paper-v1",
+            "GPTQModel, 3 bits, group 128, act_order": f"{QWEN}-gptq-3",
+            "ggml Q2_K with an importance matrix, padded": f"{QWEN}-Q2_K-padded-imatrix",
+        },
+    ),
+    "first-8": (
+        "Qwen2.5-Coder-0.5B",
+        ("wiki", "plain", "c4"),
+        {
+            "16-bit": f"{QWEN}-16-bit",
+            "first 8 blocks by GPTQModel, 3 bits, group 128, act_order (3.15 bits)": f"{QWEN}-gptq-3-first-8",
+            "first 8 blocks by `bitshard quantize` (2.84 bits of its 2.91)": f"{QWEN}-ours-2.9-first-8",
+            "the same, damped by 1 %, with min-max ranges": f"{QWEN}-ours-2.9-minmax-first-8",
+            "all 24 by GPTQModel": f"{QWEN}-gptq-3",
+            "all 24 by `bitshard quantize`": f"{QWEN}-ours-2.9",
+        },
+    ),
+    "ranges": (
+        "",
+        ("wiki", "plain", "c4", "KL wiki", "KL plain", "KL c4"),
+        {
+            f"{label}, {ranges}": f"{model}-{row}"
+            for label, model in (("SmolLM2", SMOLLM2), ("Qwen2.5-Coder", QWEN), ("Gemma", GEMMA))
+            for ranges, row in (("min-max", "ours-2.9-minmax"), ("**the search**", "ours-2.9-damp-0.01"))
+        },
+    ),
+}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One model's rows, most bits first."""
-    texts = [name for name in ("wiki", "plain", "c4", "code") if any(name in row["texts"] for row in rows)]
-    columns = ["row", "bits", *texts, "KL", "top-1"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for row in sorted(rows, key=lambda row: -row["bits"]):
-        padded = row["details"].get("bits_of_padded")
-        cells = [row["row"], f"{row['bits']:.3f}" + (f" ({padded:.3f} padded)" if padded else "")]
-        cells += [_perplexity(row["texts"][name]["perplexity"]) if name in row["texts"] else "" for name in texts]
-        divergence = row["texts"].get("wiki", {}).get("divergence")
-        if divergence:
-            cells += [f"{divergence['mean_kl']:.3f}", f"{100 * divergence['top1_agreement']:.1f} %"]
-        else:
-            cells += ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def read(stem: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads((RESULTS / f"{stem}.json").read_text())
+    return row
 
 
-def task_table(rows: list[dict[str, Any]]) -> str:
-    """One model's rows in tasks, most bits first: acc_norm where a task has it, else acc, and their mean; per cent."""
-    tasks = {score["task"]: "acc" for score in rows[0]["tasks"]}
-    tasks |= {score["task"]: "acc_norm" for score in rows[0]["tasks"] if score["metric"] == "acc_norm"}
-    columns = ["row", "bits", *(f"{task} {metric}" for task, metric in tasks.items()), "mean"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for row in sorted(rows, key=lambda row: -row["bits"]):
-        values = {(score["task"], score["metric"]): 100 * score["value"] for score in row["tasks"]}
-        chosen = [values[task] for task in tasks.items()]
-        cells = [row["row"], f"{row['bits']:.3f}", *(f"{value:.1f}" for value in (*chosen, mean(chosen)))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def cell(row: dict[str, Any], column: str) -> str:
+    """One number: of bits, a text's perplexity, divergence or agreement, a task's score, or nothing measured."""
+    if column == "bits":
+        padded = row["details"].get("bits_of_padded") if "details" in row else None
+        return f"{row['bits']:.3f}" + (f" ({padded:.3f} padded)" if padded else "")
+    if column in TASKS or column == "mean":
+        values = [100 * score(row, task)[1] for task in (TASKS if column == "mean" else [column])]
+        return f"{mean(values):.1f}"
+    kind, _, name = column.rpartition(" ")
+    text = row["texts"].get(name)
+    if not kind:
+        return "" if text is None else f"{text['perplexity']:{',.0f' if text['perplexity'] >= 1000 else '.2f'}}"
+    divergence = text and text.get("divergence")
+    if not divergence:
+        return ""
+    return f"{divergence['mean_kl']:.3f}" if kind == "KL" else f"{100 * divergence['top1_agreement']:.1f} %"
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+def score(row: dict[str, Any], task: str) -> tuple[str, float]:
+    """Its accuracy by length of the answer where the task has that, else its accuracy, with the name of it."""
+    values = {one["metric"]: one["value"] for one in row["tasks"] if one["task"] == task}
+    metric = "acc_norm" if "acc_norm" in values else "acc"
+    return metric, values[metric]
 
 
-def main() -> None:
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        if path.stem.endswith("-windows"):  # fewer than in the tables
-            continue
-        row = json.loads(path.read_text())
-        if "row" in row:  # else blocks.py has written it
-            by_model.setdefault(row["model"], []).append(row)
-    for model in sys.argv[1:] or by_model:
-        tasks = [row for row in by_model[model] if "tasks" in row]
-        rows = [row for row in by_model[model] if row not in tasks]
-        ablation = [row for row in rows if row["row"].startswith(ABLATION)]
-        print(f"### {model}\n\n{table([row for row in rows if row not in ablation])}\n")
-        if ablation:
-            print(f"One thing switched at a time\n\n{table(ablation)}\n")
-        if tasks:
-            print(f"Tasks\n\n{task_table(tasks)}\n")
+def table(head: str, columns: Sequence[str], rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for label, row in rows:
+        cells = [cell(row, column) for column in columns]
+        if label.startswith("**`") and label.endswith("**"):
+            cells = [f"**{one}**" if one else "" for one in cells]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "".join(line + "\n" for line in lines)
+
+
+def main_table(model: str) -> str:
+    """All rows that are bitshard's or another program's at its best, the nearest to the 16-bit model first."""
+    rows = []
+    for name, label in LABELS.items():
+        if (RESULTS / f"{model}-{name}.json").exists():
+            row = read(f"{model}-{name}")
+            config = row["details"].get("quantization_config", {})
+            rows.append((label.format(group_size=config.get("group_size")), row))
+    rows.sort(key=lambda row: float(cell(row[1], "KL wiki") or 0))
+    texts = [text for text in TEXTS if text in ("wiki", "c4") or (text == "code" and model == QWEN)]
+    return table(MODELS[model], ("bits", *texts, "KL wiki", "top-1 wiki"), rows)
+
+
+def task_table(model: str) -> str:
+    rows = [(LABELS[name], read(f"tasks-{model}-{name}")) for name in ("16-bit", "ours-2.9", "gptq-3")]
+    group_size = read(f"{model}-gptq-3")["details"]["quantization_config"]["group_size"]
+    named = [(label.format(group_size=group_size), row) for label, row in rows]
+    return table(MODELS[model], ("bits", *TASKS, "mean"), named)
+
+
+def tables() -> dict[str, str]:
+    """Of docs/accuracy.md, by name."""
+    return {
+        **{model: main_table(model) for model in MODELS},
+        **{f"tasks-{model}": task_table(model) for model in MODELS},
+        **{
+            name: table(head, columns, ((label, read(stem)) for label, stem in rows.items()))
+            for name, (head, columns, rows) in OTHERS.items()
+        },
+    }
+
+
+def written(document: str) -> str:
+    """The document with each named table as it is now. KeyError for a name that is not known."""
+    by_name = tables()
+    return re.sub(r"(<!-- table (\S+) -->\n)(\|.*\n)*", lambda found: found[1] + by_name[found[2]], document)
+
+
+def whole(model: str) -> str:
+    """Every row of a model in texts, under its own name."""
+    stems = sorted(path.stem for path in RESULTS.glob(f"{model}-*.json") if not path.stem.endswith("-windows"))
+    rows = [(row["row"], row) for row in map(read, stems)]
+    texts = [text for text in TEXTS if any(text in row["texts"] for _, row in rows)]
+    return table(model, ("bits", *texts, "KL wiki", "top-1 wiki"), sorted(rows, key=lambda row: -row[1]["bits"]))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        print("\n".join(map(whole, sys.argv[1:])))
+    else:
+        DOCUMENT.write_text(written(DOCUMENT.read_text()))
