@@ -28,4 +28,5 @@ def test_a_table_that_is_not_known() -> None:
 
 def test_a_models_rows_under_their_own_names() -> None:
     rows = TABLE["whole"]("gemma-3-270m").splitlines()
-    assert rows[2].startswith("| 16-bit | 16.000 | 19.00 |") and sum(row.startswith("| ours-2.9 |") for row in rows) == 1
+    assert rows[2].startswith("| 16-bit | 16.000 | 19.00 |")
+    assert sum(row.startswith("| ours-2.9 |") for row in rows) == 1
