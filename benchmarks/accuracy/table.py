@@ -1,8 +1,8 @@
-"""Write the tables of docs/accuracy.md from the rows in benchmarks/results/accuracy, or print a model's whole.
+"""Write the tables of README.md and docs/accuracy.md from the rows in benchmarks/results/accuracy, or print a model's.
 
 python benchmarks/accuracy/table.py [MODEL ...]
 
-In the document a table stands below the comment that names it; one that no comment here names is left as it is.
+In a document a table stands below the comment that names it; one without is left as it is.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
 TEXTS = ("wiki", "plain", "c4", "code")
 
 OURS = "**`bitshard quantize`**"
@@ -41,6 +42,16 @@ LABELS = {  # of the rows of a model's own table; ours are bold
 SMOLLM2, QWEN, GEMMA = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma-3-270m"
 MODELS = {SMOLLM2: "SmolLM2-135M-Instruct", QWEN: "Qwen2.5-Coder-0.5B-Instruct", GEMMA: "Gemma-3-270M"}
 TASKS = ("lambada_openai", "arc_easy", "piqa")
+
+OVERVIEW = {
+    "16-bit": "16-bit",
+    "ours-2.9": OURS,
+    "ours-tuned-2.9": "**`bitshard quantize --tune 128`**",
+    "gptq-3": "GPTQModel, 3 bits, act_order",
+    "Q2_K-padded-imatrix": "ggml Q2_K, importance matrix, K padded to 256",
+    "paper-v1": "the 2-bit paper's recipe, v1, as we read it",
+    "paper-v4": "the same, v4",
+}
 
 # name: the first column's head, the others, and each row's label and file
 OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
@@ -151,11 +162,14 @@ def score(row: dict[str, Any], task: str) -> tuple[str, float]:
 def table(head: str, columns: Sequence[str], rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
     lines = [f"| {head} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for label, row in rows:
-        cells = [cell(row, column) for column in columns]
-        if label.startswith("**`") and label.endswith("**"):
-            cells = [f"**{one}**" if one else "" for one in cells]
+        cells = _bold(label, [cell(row, column) for column in columns])
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return "".join(line + "\n" for line in lines)
+
+
+def _bold(label: str, cells: list[str]) -> list[str]:
+    """As the label is."""
+    return [f"**{one}**" if one else "" for one in cells] if label.startswith("**`") and label.endswith("**") else cells
 
 
 def main_table(model: str) -> str:
@@ -178,9 +192,22 @@ def task_table(model: str) -> str:
     return table(MODELS[model], ("bits", *TASKS, "mean"), named)
 
 
+def overview() -> str:
+    """README.md's: every model in a column, perplexity on two texts in a cell."""
+    lines = [f"| perplexity: wiki, c4 | bits | {' | '.join(MODELS.values())} |", "|---|" + "---:|" * (1 + len(MODELS))]
+    for name, label in OVERVIEW.items():
+        rows = [read(f"{model}-{name}") for model in MODELS]
+        bits = sorted({f"{row['bits']:.2f}" for row in rows}, key=float)
+        cells = [" to ".join(dict.fromkeys((bits[0], bits[-1])))]
+        cells += [f"{cell(row, 'wiki')}, {cell(row, 'c4')}" for row in rows]
+        lines.append("| " + " | ".join([label, *_bold(label, cells)]) + " |")
+    return "".join(line + "\n" for line in lines)
+
+
 def tables() -> dict[str, str]:
-    """Of docs/accuracy.md, by name."""
+    """By name."""
     return {
+        "overview": overview(),
         **{model: main_table(model) for model in MODELS},
         **{f"tasks-{model}": task_table(model) for model in MODELS},
         **{
@@ -208,4 +235,5 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         print("\n".join(map(whole, sys.argv[1:])))
     else:
-        DOCUMENT.write_text(written(DOCUMENT.read_text()))
+        for document in DOCUMENTS:
+            document.write_text(written(document.read_text()))
