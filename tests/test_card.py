@@ -12,7 +12,7 @@ from commands import bitshard, refusal
 from dense import random_model, random_text
 
 FORMATS = {
-    "mix64": [],
+    "mix64": ["--damp", 0],
     "gptq": ["--format", "gptq", "--group-size", 32],
     "act_order": ["--format", "gptq", "--group-size", 32, "--desc-act"],
 }
@@ -31,6 +31,8 @@ def test_a_card_says_what_was_done_and_measured(format: str, tmp_path: Path) -> 
     assert "calibration | 4 segments of 64 tokens, seed 0" in card and "on average, counted from the bytes" in card
     assert ("an ordinary GPTQ file" in card) == (format == "gptq")
     assert ('quantization="bitshard"' in card) == ("BitshardConfig())" in card) == (format != "mix64")
+    assert f"damp {0.0 if format == 'mix64' else 0.01} |" in card
+    assert f"correct={'yes' if format == 'mix64' else 'no'}" in bitshard("inspect", out).stdout
     assert "Nothing yet" in card and not [line for line in card.splitlines() if len(line) > 240]
     with (out / "README.md").open("a") as file:
         file.write("\n## Mine\n\nHello.\n")

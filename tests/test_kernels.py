@@ -222,6 +222,21 @@ def test_a_dense_layer_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((found_NK - W_NK).view(50, 2, 64).abs() <= most_NG1 / 254 + 1e-7).all()
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_the_default_dtype_changes_no_scale(default: torch.dtype) -> None:
+    """vLLM finishes loading under that of the model; in float16 the scales of small weights would be subnormal."""
+    dense = 1e-5 * torch.randn(50, 128)
+    before = torch.get_default_dtype()
+    expected = eight_bit(dense)
+    try:
+        torch.set_default_dtype(default)
+        found = eight_bit(dense)
+    finally:
+        torch.set_default_dtype(before)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor) and found.state_dict()[name].dtype == tensor.dtype, name
+
+
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.float16, torch.float32
     assert choose("mix64", "cpu", half, 1, "auto") == choose("gptq", "cpu", single, 4096, "auto") == "cpu-int8"

@@ -356,11 +356,11 @@ def drifting(X_TK: torch.Tensor, exact_TK: torch.Tensor, W_NK: torch.Tensor, dri
 def test_without_drift_the_matrix_stays(drift_of: str) -> None:
     W_NK, X_TK = weights(6, 24, 0), inputs(24, 0)
     same = drifting(X_TK, X_TK, W_NK, drift_of)
-    torch.testing.assert_close(same.corrected(W_NK, DAMP), W_NK, rtol=0, atol=0)
+    torch.testing.assert_close(same.corrected(W_NK, CORRECTION_DAMP), W_NK, rtol=0, atol=0)
     plain = Hessian(24, X_TK.device, drift_of)
     plain.add(X_TK)
-    assert plain.corrected(W_NK, DAMP) is W_NK
-    assert Hessian(24, X_TK.device, drift_of).corrected(W_NK, DAMP) is W_NK
+    assert plain.corrected(W_NK, CORRECTION_DAMP) is W_NK
+    assert Hessian(24, X_TK.device, drift_of).corrected(W_NK, CORRECTION_DAMP) is W_NK
     torch.testing.assert_close(plain.matrix(), same.matrix())
 
 
@@ -379,7 +379,7 @@ def test_a_linear_distortion_is_undone(drift_of: str) -> None:
         off_TN, before_TN = (X_TK @ A_KK @ Q_NK.T - target_TN for Q_NK in (found.corrected(W_NK, 1e-6), W_NK))
         left[tokens] = float(off_TN.norm() / before_TN.norm())
     assert left[12] == 1 and left[48] == pytest.approx(0.5, abs=0.01) and left[24_000] < 0.01
-    found_NK = found.corrected(W_NK, DAMP)
+    found_NK = found.corrected(W_NK, CORRECTION_DAMP)
     assert 0.01 < (X_TK @ A_KK @ found_NK.T - target_TN).norm() / before_TN.norm() < 0.5
 
 
@@ -415,11 +415,11 @@ def test_drifts_in_bfloat16_correct_as_in_float32(drift_of: str) -> None:
 def test_dead_channels_are_not_corrected(drift_of: str) -> None:
     W_NK, X_TK, dead = weights(6, 24, 0), inputs(24, 0), torch.tensor([0, 5, 23])
     X_TK[:, dead] = 0
-    found_NK = drifting(X_TK, 1.1 * X_TK, W_NK, drift_of).corrected(W_NK, DAMP)
+    found_NK = drifting(X_TK, 1.1 * X_TK, W_NK, drift_of).corrected(W_NK, CORRECTION_DAMP)
     assert torch.equal(found_NK[:, dead], W_NK[:, dead]) and not torch.equal(found_NK, W_NK)
     nothing = torch.zeros_like(X_TK)
     unseen = drifting(nothing, nothing, W_NK, drift_of)
-    assert torch.equal(unseen.corrected(W_NK, DAMP), W_NK)
+    assert torch.equal(unseen.corrected(W_NK, CORRECTION_DAMP), W_NK)
 
 
 @pytest.mark.parametrize("k", [1, 511, 512, 513, 1300])

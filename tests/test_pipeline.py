@@ -234,6 +234,22 @@ OTHERS = {
 }
 
 
+def test_what_no_kernel_reads_is_reported(text: Path, tmp_path: Path) -> None:
+    """One group for all channels, which are whole strips of 16 in some matrices and not in others."""
+    for name, sizes, slow in (
+        (
+            "some",
+            {"intermediate_size": 168},
+            {"down_proj": "groups of 168 channels, where kernels read multiples of 16"},
+        ),
+        ("none", {"intermediate_size": 160}, {}),
+    ):
+        model = random_model(tmp_path / name, "llama", **sizes)
+        report = quantize(model, tmp_path / f"{name} out", QuantSpec(4, -1), small(text))
+        assert {path.rpartition(".")[2]: why for path, why in report.slow.items()} == slow
+        assert len(report.slow) == 2 * len(slow)
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_task_is_refused(other: str, text: Path, tmp_path: Path) -> None:
     """With what differs; nothing of an unfinished run is used or lost, and the same command goes on."""

@@ -455,12 +455,19 @@ def test_another_task_is_refused(other: str, model: Path, text: Path, tmp_path: 
     arguments = ["quantize", model, tmp_path / "out", "--calibration", text, "--samples", 6, "--length", 24]
     with pytest.raises(Killed):
         quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(average_bits=2.91), progress=dies_at(1))
-    options = ["--ranking", "range", "--tune", 2] if other == "recipe" else ["--max-tp", 1]
-    says = "ranking hessian, not range; tune 0, not 2" if other == "recipe" else "max_tp None, not 1"
+    options = ["--ranking", "range", "--tune", 2, "--damp", 1] if other == "recipe" else ["--max-tp", 1]
+    says = "ranking hessian, not range; tune 0, not 2; damp 0.05, not 1.0"
+    says = says if other == "recipe" else "max_tp None, not 1"
     assert f"out.partial: found an unfinished run with {says}; allowed" in refusal(*arguments, *options)
     assert bitshard(*arguments).code == 0
     quantize(model, tmp_path / "whole", MixSpec(), small(text))
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_number_written_otherwise_is_the_same(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(damp=1), progress=dies_at(1))
+    quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(damp=1.0))
 
 
 def test_a_name_that_is_no_text(model: Path, text: Path, tmp_path: Path) -> None:
@@ -546,7 +553,7 @@ def test_sizes_that_fill_no_block_are_exact_and_said(text: Path, tmp_path: Path)
     assert result.code == 0, result.stderr
     said = " ".join(result.stdout.split())
     assert "input channels of 14 matrices filled up to whole blocks of 64, with 28 or 48 zero channels" in said
-    assert "plain torch runs it: strips of 8 bits, where kernels read 2 and 4" in said
+    assert "plain torch runs 14 of 14 matrices: strips of 8 bits, where kernels read 2 and 4" in said
     out = Checkpoint.open(tmp_path / "out")
     down = out.weight("model.layers.0.mlp.down_proj")
     assert isinstance(down, MixedWeight) and down.codes_NK.shape == (80, 128) and down.in_features == 100

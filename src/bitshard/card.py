@@ -35,7 +35,7 @@ def model_card(source_folder: Path, quantization: QuantConfig, average_bits: flo
     """The card of a checkpoint. errors: of each matrix's outputs, relative, on the calibration text."""
     provenance = quantization.section["provenance"]
     source, layout = provenance["source"], quantization.layout
-    recipe = {name: value for name, value in provenance["recipe"].items() if value not in (None, 0, 0.0, False)}
+    recipe = {name: value for name, value in provenance["recipe"].items() if name == "damp" or value}
     worst = max(errors, key=errors.__getitem__)
     facts = {
         "bits": f"{average_bits:.3f} on average, counted from the bytes of {len(errors)} matrices; the rest has 16",

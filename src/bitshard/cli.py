@@ -221,7 +221,10 @@ def quantize(
         bool | None, typer.Option("--correct/--no-correct", help="Make up for earlier blocks. [mix64: yes, gptq: no]")
     ] = None,
     damp: Annotated[
-        float | None, typer.Option(help="Of the mean activity, added to every channel's. [mix64: 0.05, gptq: 0.01]")
+        float | None,
+        typer.Option(
+            help="Of the mean activity, added to each channel's; more fits the text less. [mix64: 0.05, gptq: 0.01]"
+        ),
     ] = None,
     tune: Annotated[
         int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples. [0]")
@@ -244,7 +247,6 @@ def quantize(
     _patient()
     from bitshard.pipeline import Calibration
     from bitshard.pipeline import quantize as run
-    from bitshard.records import why_not_read
     from bitshard.sources import packaged_text
     from bitshard.spec import requested
 
@@ -289,8 +291,8 @@ def quantize(
             f"{tokens:,} calibration tokens are fewer than the {widest:,} channels that the largest matrix reads: "
             f"expect it to be much worse than with --samples {-(-2 * widest // length)} and more"
         )
-    if slow := why_not_read(spec, widest, "cpu"):
-        notes.append(f"no kernel reads it on a processor, plain torch runs it: {slow}")
+    for why, count in Counter(report.slow.values()).items():
+        notes.append(f"on a processor plain torch runs {count} of {len(report.matrices)} matrices: {why}")
     then = f"bitshard convert {out} {out}-tp" if desc_act else f"bitshard inspect {out}"
     _emit(report, as_json, table, *notes, f"next: {then}")
 
@@ -447,13 +449,15 @@ def _origin(value: object) -> object:
     """A fact of the provenance as a line has room for it; --json has every digit of a hash."""
     if isinstance(value, dict):
         return _settings(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else _said(value)
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+    return ", ".join(f"{name}={_said(value)}" for name, value in values.items() if value is not None)
+
+
+def _said(value: object) -> object:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def _matrix_table(report: Inspection, every: bool) -> Table:

@@ -217,7 +217,7 @@ def eight_bit(W_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> QuantLi
     """A dense matrix, any float dtype, rounded to the nearest of 8 bits in groups of 64, for the C kernels."""
     n, k = W_NK.shape
     qweight = torch.empty(k * HEAD.bits // WORD_BITS, n, dtype=torch.int32)
-    scales_GN = torch.empty(k // HEAD.group_size, n)
+    scales_GN = torch.empty(k // HEAD.group_size, n, dtype=torch.float32)  # whatever the default dtype: vLLM sets it
     for start in range(0, n, AT_ONCE):
         rows = slice(start, start + AT_ONCE)
         W_GBR = W_NK[rows].detach().float().T.reshape(len(scales_GN), HEAD.group_size, -1)

@@ -45,6 +45,7 @@ from bitshard.plan import Padding, TPPlan, padding_for
 from bitshard.progress import Progress, silent
 from bitshard.quantconfig import QuantConfig
 from bitshard.quantized import QuantizedWeight
+from bitshard.records import why_not_read
 from bitshard.reorder import ModelOrder
 from bitshard.solver.allocate import relative_errors, spend
 from bitshard.solver.gptq import SolveReport, gptq
@@ -113,7 +114,8 @@ class QuantizeReport:
     that no calibration token reached, rounded without feedback. padded: sizes that are larger now; filled: matrices
     whose input channels were filled up with zeros to whole blocks of 64, and how many were added. tuned: of every block
     that was tuned, the error of its outputs on held-out segments before and after; matrices' errors are those before.
-    widest: input channels of the largest matrix; fewer calibration tokens say nothing of some of them.
+    widest: input channels of the largest matrix; fewer calibration tokens say nothing of some of them. slow: matrices
+    that no kernel reads on a processor, so that plain torch runs them, and why.
     """
 
     out: str
@@ -125,6 +127,7 @@ class QuantizeReport:
     filled: Mapping[str, int]
     tuned: Sequence[tuple[float, float]]
     widest: int
+    slow: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -625,6 +628,7 @@ def _report(job: _Job, out: Path, solved: torch.Tensor, tuned: torch.Tensor) -> 
         filled={name: count for name, count in fill.items() if count and isinstance(job.spec, MixSpec)},
         tuned=[(before, after) for before, after in tuned.tolist()],
         widest=max(linear.in_features for _, linear in linears),
+        slow={name: why for name, linear in linears if (why := why_not_read(job.spec, linear.in_features, "cpu"))},
     )
 
 

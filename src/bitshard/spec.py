@@ -202,7 +202,7 @@ MOST_AVERAGE_BITS = 5  # of mix64, which fills up odd matrices
 
 @dataclass(frozen=True)
 class MixRecipe:
-    """How a `mix64` weight is filled; the file says nothing of it but its provenance.
+    """How a `mix64` weight is filled (GPTQ's by GPTQ_RECIPE); the file says nothing of it but its provenance.
 
     order: of input channels, the "model" having been put in the order of their sensitivity, or "none": natural order,
     the most sensitive strips of each matrix gathered into the 4-bit places. ranking: what makes a channel or strip

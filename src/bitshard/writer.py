@@ -108,7 +108,7 @@ class Writer:
             raise self._foreign(f"a {TASK} that bitshard did not write")
         for path in self.partial.glob("*.tmp*"):
             path.unlink()
-        if text == task.to_json():
+        if before == task:
             self._remove_damaged()
             return
         if before is not None and any(path.name != TASK for path in self.partial.iterdir()):
