@@ -288,7 +288,7 @@ ROWS: dict[str, Callable[[Subject], Made]] = {
     **{f"gptq-{bits}": partial(gptq, bits=bits) for bits in (2, 3, 4)},
     **{
         f"{row}-first-8": partial(first_blocks, row=row, count=8)
-        for row in ("ours-2.9", "ours-2.9-minmax", "ours-2.9-one-fraction", "gptq-3")
+        for row in ("ours-2.9", "ours-2.9-damp-0.01", "ours-2.9-minmax", "ours-2.9-one-fraction", "gptq-3")
     },
     **{row: partial(autoround, row=row, **options) for row, options in AUTOROUND.items()},
     **{f"{kind}-file": partial(llama_file, kind=kind) for kind in ("Q2_K", "Q3_K_S", "Q3_K_M")},
