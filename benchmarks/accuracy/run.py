@@ -265,7 +265,6 @@ SWITCHED = {  # from rounding damped by 1 %, which had been the default: one thi
 OURS = {  # options of `bitshard quantize`
     "ours-2.9": "",
     "ours-2.5": "--average-bits 2.5",
-    "ours-2.6": "--average-bits 2.625",
     "ours-3.3": "--average-bits 3.3",
     "ours-4.2": "--average-bits 4.2",
     "ours-tuned-2.9": "--tune 128",

@@ -25,8 +25,7 @@ GROUPS = ", group {group_size}"  # as the row's file says
 LABELS = {  # of the rows of a model's own table; ours are bold
     "16-bit": "16-bit",
     "ours-2.9": OURS,
-    **{f"ours-{bits}": f"**`bitshard quantize --average-bits {full}`**"
-       for bits, full in (("2.5", "2.5"), ("2.6", "2.625"), ("3.3", "3.3"), ("4.2", "4.2"))},
+    **{f"ours-{bits}": f"**`bitshard quantize --average-bits {bits}`**" for bits in ("2.5", "3.3", "4.2")},
     "ours-tuned-2.9": "**`bitshard quantize --tune 128`**",
     "ours-gptq-4": f"**`bitshard quantize --format gptq --bits 4 --order model`{GROUPS}**",
     **{f"gptq-{bits}": f"GPTQModel 7.6.0, {bits} bits{GROUPS}, act_order" for bits in (2, 3, 4)},
