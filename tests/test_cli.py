@@ -98,6 +98,19 @@ def test_help_of_all() -> None:
     assert all(verb.split()[0] in text for verb in VERBS)
 
 
+def test_help_says_what_is_taken_by_default() -> None:
+    """Nothing of it is taken for markup."""
+    text = " ".join(success("quantize", "--help").stdout.replace("│", " ").split())
+    for default in (
+        "mix64 2, gptq 4",
+        "mix64 0.05, gptq 0.01",
+        "hessian",
+        "2.91",
+        "wiki text of the package exllamav3",
+    ):
+        assert f"(default: {default})." in text
+
+
 @pytest.mark.parametrize("verb", ["quantize", "convert", "plan", "inspect", "verify", "eval", "generate", "doctor"])
 def test_json_and_tables(verb: str, place: Path, tmp_path: Path) -> None:
     arguments = commands(place, tmp_path)[verb]

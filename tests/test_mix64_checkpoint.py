@@ -162,6 +162,10 @@ def test_degrees(tmp_path: Path) -> None:
     assert padding_for(replace(finer, sizes=stories), 2) == Padding(256, 32, 16)
     with pytest.raises(PlanError, match="tensor-parallel degree: found 1000; allowed: 1 to 64"):
         padding_for(finer, 1000)
+    with pytest.raises(PlanError, match="choose one of these, or zero-pad: quantize its 16-bit model with --max-tp 4"):
+        odd.require(4)
+    with pytest.raises(PlanError, match="choose one of these$"):
+        replace(finer, sizes=replace(finer.sizes, hidden=256)).require(3)
 
 
 def test_a_row_matrix_with_strips_out_of_order_is_not_cut(tmp_path: Path) -> None:
@@ -204,6 +208,8 @@ def test_inspect_says_what_the_file_and_the_report_say(tmp_path: Path) -> None:
         assert (matrix["error"], matrix["share_4bit"]) == (report[matrix["name"]]["error"], 0.5)
         assert matrix["average_bits"] == matrix["bytes"] * 8 / (matrix["in_features"] * matrix["out_features"])
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    said = bitshard("inspect", path, "--picture", tmp_path / "drawn").stdout
+    assert f"picture: {tmp_path / 'drawn.png'}" in said.replace("\n", "") and (tmp_path / "drawn.png").exists()
     table = bitshard("inspect", path).stdout
     assert "mix64 version 1" in table and "outliers" in table and "4-bit" in table
     rows = [line.split() for line in bitshard("inspect", path, "--layers").stdout.splitlines()]
@@ -316,6 +322,9 @@ def test_plan_counts_the_same_before_and_after(tmp_path: Path) -> None:
     del dense["quantization_config"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(dense))
     before = json.loads(bitshard("plan", tmp_path / "dense", "--json").stdout)
+    advice = "Do it: `quantize --max-tp 4`", "Do it: quantize its 16-bit model with --max-tp 4"
+    for model, says in zip((tmp_path / "dense", path), advice, strict=True):
+        assert says in " ".join(bitshard("plan", model, "--pad", 4).stdout.split())
     assert before.pop("quantized") is False and after.pop("quantized") is True
     assert before["spec"] == vars(SPEC) and before | {"model": ""} == after | {"model": ""}
     assert 2.9 < before["average_bits"] < 2.91

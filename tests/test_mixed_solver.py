@@ -161,6 +161,19 @@ def test_a_search_for_ranges_never_hurts(
     assert sum(gains) / len(gains) < 0.95
 
 
+@pytest.mark.parametrize("falling", [True, False])
+def test_wide_strips_are_visited_last(falling: bool) -> None:
+    """By sensitivity among equals; each channel once."""
+    W_NK, X_TK, spec = weights(8, 192, 0), inputs(192, 0), MixSpec()
+    visit_K = solver._Matrix.of(W_NK, hessian(X_TK), spec, MixRecipe()).visit(falling, "w")[0]
+    strips = visit_K[::STRIP] // STRIP
+    assert sorted(visit_K.tolist()) == [*range(192)] and torch.equal(visit_K // STRIP, strips.repeat_interleave(STRIP))
+    assert strip_widths(spec, 12)[strips].tolist() == 9 * [2] + 3 * [4]
+    sensitivity_S = (hessian(X_TK).diagonal() * W_NK.square().sum(0)).view(-1, STRIP).sum(1)[strips]
+    for some in (sensitivity_S[:9], sensitivity_S[9:]):
+        assert torch.equal(some, some.sort(descending=falling).values)
+
+
 def test_where_the_search_hurts_minmax_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = solver._Matrix.solve
 

@@ -291,9 +291,37 @@ def test_without_an_order_of_the_model(spec: MixSpec, recipe: MixRecipe, text: P
     assert (found - exact).square().sum() < exact.square().sum()
 
 
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_block_reads_what_the_quantized_ones_put_out(
+    correct: bool, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the 16-bit ones do, which is kept beside it for the correction."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    write_state = Writer.write_state
+
+    def recorded(self: Writer, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        states[name] = {name: tensor.clone() for name, tensor in tensors.items()}
+        write_state(self, name, tensors)
+
+    monkeypatch.setattr(Writer, "write_state", recorded)
+    quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(correct=correct))
+    found, tokens_SL = (
+        states[pipeline._state(1)],
+        pipeline._segments(Checkpoint.open(model), text.read_text(), small(text), 0),
+    )
+    with torch.no_grad():
+        expected = dense_model(tmp_path / "out").model(tokens_SL, output_hidden_states=True).hidden_states[1]
+    off = (found["hidden"] - expected).square().mean()
+    assert off < 1e-4 * expected.square().mean()  # the blocks are multiplied in bfloat16
+    assert ("exact" in found) == correct
+    if correct:
+        assert off < 0.01 * (found["exact"] - expected).square().mean()
+
+
 @pytest.mark.parametrize("format", ["mix64", "gptq"])
 def test_damping_is_what_was_asked_for(format: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Much of it follows the inputs less: weights stay nearer to what they were."""
+    """Much of it follows the inputs less: weights stay nearer to what they were. By default docs/accuracy.md's."""
+    assert (MixRecipe().damp, GPTQ_RECIPE.damp, *{r.damp for _, r in PAPER_RECIPES.values()}) == (0.05, 0.01, 0.01)
     usual, spec = (MixRecipe(), MixSpec(4, 0.0)) if format == "mix64" else (GPTQ_RECIPE, QuantSpec(4, 16))
     before, off = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters()), dict[float, float]()
     for damp in (usual.damp, 1.0):
@@ -553,7 +581,10 @@ def test_sizes_that_fill_no_block_are_exact_and_said(text: Path, tmp_path: Path)
     assert result.code == 0, result.stderr
     said = " ".join(result.stdout.split())
     assert "input channels of 14 matrices filled up to whole blocks of 64, with 28 or 48 zero channels" in said
-    assert "plain torch runs 14 of 14 matrices: strips of 8 bits, where kernels read 2 and 4" in said
+    slow = "plain torch runs 14 of 14 matrices: strips of 8 bits, where kernels read 2 and 4"
+    assert slow in said
+    result = bitshard("quantize", model, tmp_path / "json", *arguments, "--json")
+    assert slow in result.stderr and len(json.loads(result.stdout)["slow"]) == 14
     out = Checkpoint.open(tmp_path / "out")
     down = out.weight("model.layers.0.mlp.down_proj")
     assert isinstance(down, MixedWeight) and down.codes_NK.shape == (80, 128) and down.in_features == 100

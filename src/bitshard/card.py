@@ -76,7 +76,7 @@ pipeline_tag: text-generation
 
 {plain}```
 pip install bitshard
-bitshard generate FOLDER "The capital of France is"
+bitshard generate FOLDER "What is the capital of France?"
 bitshard serve FOLDER
 ```
 

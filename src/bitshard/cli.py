@@ -205,37 +205,45 @@ def quantize(
     model: Annotated[str, typer.Argument(help="16-bit HF folder, .gguf file or hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq.")] = "mix64",
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 (default: mix64 2, gptq 4).")] = None,
     fraction_4bit: Annotated[
         float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
     ] = None,
     average_bits: Annotated[
-        float | None, typer.Option(help="mix64: choose that fraction for each matrix, within these bits in all. [2.91]")
+        float | None,
+        typer.Option(help="mix64: choose that fraction for each matrix, within these bits in all (default: 2.91)."),
     ] = None,
-    outliers: Annotated[float | None, typer.Option(help="mix64: share of weights kept in 16 bits. [0]")] = None,
-    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
-    order: Annotated[str | None, typer.Option(help="model or none. [mix64: model, gptq: none]")] = None,
-    ranking: Annotated[str | None, typer.Option(help="mix64: hessian or range. [hessian]")] = None,
-    ranges: Annotated[str | None, typer.Option(help="mix64: search or minmax. [search]")] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="mix64: share of weights kept in 16 bits (default: 0).")
+    ] = None,
+    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper (default: fine).")] = None,
+    order: Annotated[str | None, typer.Option(help="model or none (default: mix64 model, gptq none).")] = None,
+    ranking: Annotated[str | None, typer.Option(help="mix64: hessian or range (default: hessian).")] = None,
+    ranges: Annotated[str | None, typer.Option(help="mix64: search or minmax (default: search).")] = None,
     correct: Annotated[
-        bool | None, typer.Option("--correct/--no-correct", help="Make up for earlier blocks. [mix64: yes, gptq: no]")
+        bool | None,
+        typer.Option("--correct/--no-correct", help="Make up for earlier blocks (default: mix64 yes, gptq no)."),
     ] = None,
     damp: Annotated[
         float | None,
         typer.Option(
-            help="Of the mean activity, added to each channel's; more fits the text less. [mix64: 0.05, gptq: 0.01]"
+            help="0 to 1: of the mean activity, added to each channel's in rounding (default: mix64 0.05, gptq 0.01)."
         ),
     ] = None,
     tune: Annotated[
-        int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples. [0]")
+        int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples (default: 0).")
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="gptq: input channels per scale; -1 for all (default: 128).")
+    ] = None,
     desc_act: Annotated[bool | None, typer.Option("--desc-act", help="gptq: group by falling sensitivity.")] = None,
     static_groups: Annotated[bool | None, typer.Option("--static-groups", help="gptq: fix groups first.")] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="gptq: zero point in the middle. [yes]")] = None,
+    sym: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="gptq: zero point in the middle (default: yes).")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="paper-v1 or paper-v4 of 2311.16442, instead of options.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text, or JSON lines with `text`. [wiki text of the package exllamav3]")
+        Path | None, typer.Option(help="Text, or JSON lines with `text` (default: wiki text of the package exllamav3).")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration segments.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
@@ -293,6 +301,8 @@ def quantize(
         )
     for why, count in Counter(report.slow.values()).items():
         notes.append(f"on a processor plain torch runs {count} of {len(report.matrices)} matrices: {why}")
+    if as_json:  # which has the facts, but not what they mean
+        print(*notes, sep="\n", file=sys.stderr)
     then = f"bitshard convert {out} {out}-tp" if desc_act else f"bitshard inspect {out}"
     _emit(report, as_json, table, *notes, f"next: {then}")
 
@@ -347,17 +357,20 @@ def export(
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; config.json is enough.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [mix64: 2, gptq: 4]")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 (default: mix64 2, gptq 4).")] = None,
     fraction_4bit: Annotated[
         float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
     ] = None,
-    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper. [fine]")] = None,
-    group_size: Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all. [128]")] = None,
+    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper (default: fine).")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="gptq: input channels per scale; -1 for all (default: 128).")
+    ] = None,
     pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="Memory bandwidth of one device, for the time floor.")] = None,
     as_json: Json = False,
 ) -> None:
     """A dry run from shapes alone: bits, bytes per rank, legal TP degrees and why the others are not."""
+    from bitshard.plan import how_to_pad
     from bitshard.planning import plan_model
     from bitshard.sources import resolve
     from bitshard.spec import QuantSpec, requested
@@ -368,11 +381,11 @@ def plan(
     if report.quantized and (format != "mix64" or any(value is not None for value in options.values())):
         print(f"{model} is quantized already: planned as it is, without these options", file=sys.stderr)
     notes = _not_legal(report)
-    if report.padding and report.padding_cost is not None:
+    if pad and report.padding and report.padding_cost is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in report.padding.items())
         notes.append(
             f"padded to {sizes}, TP {pad} is legal; {report.padding_cost:+.1%} bytes. "
-            f"Do it: {f'convert --pad-to {pad}' if report.quantized else f'quantize --max-tp {pad}'}"
+            f"Do it: {how_to_pad(report.spec, pad) if report.quantized else f'`quantize --max-tp {pad}`'}"
         )
     if report.gathered:
         cure = "`bitshard convert` reorders the MLPs'" if isinstance(report.spec, QuantSpec) else "they cannot be cut"
@@ -417,7 +430,7 @@ def inspect(
 
     report = run(resolve(checkpoint))
     if picture:
-        draw(report, picture)
+        picture = draw(report, picture)
     facts = {
         "model": report.model_type,
         "method, layout": f"{report.method}, {report.layout} version {report.version}",
@@ -734,7 +747,9 @@ def bench_mlp(
 
 @bench_app.command("kernels")
 def bench_kernels(
-    shapes: Annotated[str, typer.Option(help="N x K of the matrices; none: those of 7B and 70B models.")] = "",
+    shapes: Annotated[
+        str, typer.Option(help="N x K of the matrices, as 4096x11008,576x1536; none: those of 7B and 70B models.")
+    ] = "",
     tokens: Annotated[str, typer.Option(help="M: rows of the input, separated by commas; none: 1 to 512.")] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
     repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 15,

@@ -148,8 +148,10 @@ PANELS = {
 }
 
 
-def draw(inspection: Inspection, path: Path) -> None:
+def draw(inspection: Inspection, path: Path) -> Path:
     """One heat map, layers x linears, for every number that is known; experts of a block as their mean.
+
+    Returns where it is: a name without a suffix gets .png.
 
     CheckpointError when the file cannot be written, or its suffix names no kind of picture.
     """
@@ -177,6 +179,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
     figure.suptitle(f"{Path(inspection.path).name}: {inspection.average_bits:.3f} bits", fontsize=10)
     figure.supylabel("layer", fontsize=9)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
@@ -186,6 +189,7 @@ def draw(inspection: Inspection, path: Path) -> None:
             "a picture file that can be written",
             "choose another name, such as bits.png, in a folder that is there",
         ) from None
+    return path
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -7,6 +7,7 @@ groups (unless every rank holds all scales) and between the 32-bit words that ho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil, lcm
 from typing import Any
@@ -98,13 +99,15 @@ class TPPlan:
         """Raise PlanError with layer, sizes and the legal list unless `tp_size` is legal."""
         obstacles = self.obstacles(tp_size)
         if obstacles:
-            mixed = isinstance(self.spec_of(self.linears(0)[0][0]), MixSpec)
-            pad = f"quantize its 16-bit model with --max-tp {tp_size}" if mixed else f"`convert --pad-to {tp_size}`"
+            fix = "choose one of these"
+            with suppress(PlanError):  # no padding would do
+                padding_for(self, tp_size)
+                fix += f", or zero-pad: {how_to_pad(self.spec_of(self.linears(0)[0][0]), tp_size)}"
             raise PlanError(
                 obstacles[0].name,
                 f"tensor-parallel degree {tp_size}: {obstacles[0].reason}",
                 "degrees " + ", ".join(map(str, self.legal_degrees())),
-                f"choose one of these, or zero-pad: {pad}",
+                fix,
             )
 
     def columns(self, linear_name: str, rank: int, tp_size: int) -> list[tuple[int, int]]:
@@ -177,6 +180,12 @@ class Padding:
         if config.get(keys["kv_heads"]) is not None:
             updates[keys["kv_heads"]] = self.kv_heads
         return updates
+
+
+def how_to_pad(spec: QuantSpec | MixSpec | None, tp_size: int) -> str:
+    """What makes `tp_size` legal for a quantized model."""
+    mixed = isinstance(spec, MixSpec)
+    return f"quantize its 16-bit model with --max-tp {tp_size}" if mixed else f"`convert --pad-to {tp_size}`"
 
 
 def padding_for(plan: TPPlan, tp_size: int) -> Padding:
