@@ -130,12 +130,7 @@ class E2eReport:
 
     def require_all(self) -> None:
         """Raises BenchError for all runs that were not timed."""
-        if self.refused:
-            every = "; ".join(f"{run}: {why}" for run, why in self.refused.items())
-            raise BenchError(
-                "bench e2e", f"{len(self.refused)} runs that were not timed: {every}",
-                "engines that run here and are right", "mend them, or compare the others: they were timed",
-            )  # fmt: skip
+        report.require_timed("engines", self.refused)
 
     def render(self) -> Table:
         lines = [

@@ -126,12 +126,7 @@ class KernelReport:
 
     def require_all(self) -> None:
         """Raises BenchError for all kernels that were not timed."""
-        if self.refused:
-            every = "; ".join(f"{where}: {why}" for where, why in self.refused.items())
-            raise BenchError(
-                "bench kernels", f"{len(self.refused)} that were not timed: {every}",
-                "kernels that run here and are right", "mend them, or compare the others: they were timed",
-            )  # fmt: skip
+        report.require_timed("kernels", self.refused)
 
     def render(self) -> Table:
         lines = []

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import bitshard
 from bitshard.bench.timing import Times
-from bitshard.errors import CheckpointError
+from bitshard.errors import BenchError, CheckpointError
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -51,6 +51,16 @@ def _gpus() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
+
+
+def require_timed(what: str, refused: Mapping[str, str]) -> None:
+    """Raises BenchError for all that was not timed, if anything was not: what was refused, and why."""
+    if refused:
+        every = "; ".join(f"{where}: {why}" for where, why in refused.items())
+        raise BenchError(
+            "bench", f"{len(refused)} that were not timed: {every}", f"{what} that run here and are right",
+            "mend them, or compare the others: they were timed",
+        )  # fmt: skip
 
 
 def load() -> float:
