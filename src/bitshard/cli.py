@@ -301,8 +301,8 @@ def quantize(
         )
     for why, count in Counter(report.slow.values()).items():
         notes.append(f"on a processor plain torch runs {count} of {len(report.matrices)} matrices: {why}")
-    if as_json:  # which has the facts, but not what they mean
-        print(*notes, sep="\n", file=sys.stderr)
+    for note in notes if as_json else ():  # JSON has the facts, but not what they mean
+        print(note, file=sys.stderr)
     then = f"bitshard convert {out} {out}-tp" if desc_act else f"bitshard inspect {out}"
     _emit(report, as_json, table, *notes, f"next: {then}")
 
