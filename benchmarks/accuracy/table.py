@@ -81,6 +81,7 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
             "natural order, strips gathered in each matrix (`--order none`)": f"{SMOLLM2}-ours-2.9-natural-order",
             "min-max ranges (`--ranges minmax`)": f"{SMOLLM2}-ours-2.9-minmax",
             "0.2 % of outliers, paid for with 4-bit strips (`--outliers 0.002`)": f"{SMOLLM2}-ours-2.9-outliers",
+            "0.5 % of outliers, paid for likewise (`--outliers 0.005`)": f"{SMOLLM2}-ours-2.9-more-outliers",
             "channels ranked by range, not by the Hessian (`--ranking range`)": f"{SMOLLM2}-ours-2.9-ranked-by-range",
             "one fraction of 4-bit strips for all (`--fraction-4bit 0.25`)": f"{SMOLLM2}-ours-2.9-one-fraction",
             "the same with the paper's second order (`--metadata paper`)": (
@@ -102,6 +103,38 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
             "`--recipe paper-v1`": f"{QWEN}-paper-v1",
             "GPTQModel, 3 bits, group 128, act_order": f"{QWEN}-gptq-3",
             "ggml Q2_K with an importance matrix, padded": f"{QWEN}-Q2_K-padded-imatrix",
+        },
+    ),
+    "prototype": (
+        "SmolLM2, the first 8 windows, and in brackets what the prototype had",
+        ("bits", "wiki", "KL wiki"),
+        {
+            f"{label} ({had})": f"{SMOLLM2}-{row}-8-windows"
+            for label, row, had in (
+                ("16-bit", "16-bit", "29.2"),
+                (OURS, "ours-2.9", "2.906 bits: 62.7, with its search"),
+                ("`--damp 0.01`", "ours-2.9-damp-0.01", "the same"),
+                ("`--damp 0.01 --ranges minmax`", "ours-2.9-minmax", "103"),
+                ("`--damp 0.01 --order none`", "ours-2.9-natural-order", "78.6; 198 with min-max"),
+                ("`--damp 0.01 --outliers 0.002`", "ours-2.9-outliers", "2.97 bits: 61.1"),
+                ("`--damp 0.01 --outliers 0.005`", "ours-2.9-more-outliers", "3.07 bits: 58.5"),
+                ("`--recipe paper-v1`", "paper-v1", "strips by range, natural order: 2,561"),
+                ("`--recipe paper-v4`", "paper-v4", "2.94 bits, another reading of it: 221"),
+                ("GPTQ, 3 bits, group 64, act_order", "gptq-3", "its own: 77.2; 116 with min-max"),
+            )
+        },
+    ),
+    "first-8-windows": (
+        "Qwen2.5-Coder-0.5B, first 8 blocks, first 3 windows of C4, and in brackets the prototype on its text",
+        ("c4", "KL c4"),
+        {
+            f"{label} ({had})": f"{QWEN}-{row}-3-windows"
+            for label, row, had in (
+                ("16-bit", "16-bit", "32.75"),
+                (OURS, "ours-2.9-first-8", "39.7, with its search"),
+                ("`--damp 0.01 --ranges minmax`", "ours-2.9-minmax-first-8", "35.8"),
+                ("GPTQ, 3 bits, group 128, act_order", "gptq-3-first-8", "its own: 38.8; 37.1 with min-max"),
+            )
         },
     ),
     "first-8": (
