@@ -146,6 +146,7 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
             "first 8 blocks by `bitshard quantize` (2.84 bits of its 2.91)": f"{QWEN}-ours-2.9-first-8",
             "the same, rounding damped by 1 %": f"{QWEN}-ours-2.9-damp-0.01-first-8",
             "damped by 1 %, with min-max ranges": f"{QWEN}-ours-2.9-minmax-first-8",
+            "damped by 1 %, one fraction for all (2.91 bits)": f"{QWEN}-ours-2.9-one-fraction-first-8",
             "all 24 by GPTQModel": f"{QWEN}-gptq-3",
             "all 24 by `bitshard quantize`": f"{QWEN}-ours-2.9",
         },
