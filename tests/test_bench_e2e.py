@@ -94,7 +94,7 @@ def test_transformers_beside_what_is_not_installed(stories: Path, quantized: Pat
     assert {"cpu", "commit", "date", "load", "bytes_per_second"} <= written["header"].keys()
     assert (tmp_path / "out" / "e.png").read_bytes().startswith(b"\x89PNG")
     assert report.render().row_count == len(report.rows)
-    with pytest.raises(BenchError, match="that were not timed: .*; allowed: engines that run here"):
+    with pytest.raises(BenchError, match="runs that were not timed: .*; allowed: engines that run here"):
         report.require_all()
 
 

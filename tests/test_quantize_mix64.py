@@ -305,10 +305,8 @@ def test_a_block_reads_what_the_quantized_ones_put_out(
 
     monkeypatch.setattr(Writer, "write_state", recorded)
     quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(correct=correct))
-    found, tokens_SL = (
-        states[pipeline._state(1)],
-        pipeline._segments(Checkpoint.open(model), text.read_text(), small(text), 0),
-    )
+    found = states[pipeline._state(1)]
+    tokens_SL = pipeline._segments(Checkpoint.open(model), text.read_text(), small(text))
     with torch.no_grad():
         expected = dense_model(tmp_path / "out").model(tokens_SL, output_hidden_states=True).hidden_states[1]
     off = (found["hidden"] - expected).square().mean()
@@ -484,8 +482,8 @@ def test_another_task_is_refused(other: str, model: Path, text: Path, tmp_path: 
     with pytest.raises(Killed):
         quantize(model, tmp_path / "out", MixSpec(), small(text), MixRecipe(average_bits=2.91), progress=dies_at(1))
     options = ["--ranking", "range", "--tune", 2, "--damp", 1] if other == "recipe" else ["--max-tp", 1]
-    says = "ranking hessian, not range; tune 0, not 2; damp 0.05, not 1.0"
-    says = says if other == "recipe" else "max_tp None, not 1"
+    recipes = "ranking hessian, not range; tune 0, not 2; damp 0.05, not 1.0"
+    says = recipes if other == "recipe" else "max_tp None, not 1"
     assert f"out.partial: found an unfinished run with {says}; allowed" in refusal(*arguments, *options)
     assert bitshard(*arguments).code == 0
     quantize(model, tmp_path / "whole", MixSpec(), small(text))

@@ -45,12 +45,24 @@ TASKS = ("lambada_openai", "arc_easy", "piqa")
 OVERVIEW = {
     "16-bit": "16-bit",
     "ours-2.9": OURS,
-    "ours-tuned-2.9": "**`bitshard quantize --tune 128`**",
+    "ours-tuned-2.9": LABELS["ours-tuned-2.9"],
     "gptq-3": "GPTQModel, 3 bits, act_order",
     "Q2_K-padded-imatrix": "ggml Q2_K, importance matrix, K padded to 256",
     "paper-v1": "the 2-bit paper's recipe, v1, as we read it",
     "paper-v4": "the same, v4",
 }
+
+
+def beside_the_prototype(model: str, windows: int, rows: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Rows on a text's first windows, each with what the prototype had: label to row and that."""
+    return {f"{label} ({had})": f"{model}-{row}-{windows}-windows" for label, (row, had) in rows.items()}
+
+
+def of_each_model(rows: dict[str, str]) -> dict[str, str]:
+    """The same rows of all models."""
+    models = {"SmolLM2": SMOLLM2, "Qwen2.5-Coder": QWEN, "Gemma": GEMMA}
+    return {f"{name}, {label}": f"{model}-{row}" for name, model in models.items() for label, row in rows.items()}
+
 
 # name: the first column's head, the others, and each row's label and file
 OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
@@ -66,11 +78,7 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
     "damping": (
         "`--damp`",
         ("wiki", "KL wiki", "plain", "KL plain", "c4", "KL c4", "code", "KL code"),
-        {
-            f"{label}, {damp}": f"{model}-{row}"
-            for label, model in (("SmolLM2", SMOLLM2), ("Qwen2.5-Coder", QWEN), ("Gemma", GEMMA))
-            for damp, row in (("0.01", "ours-2.9-damp-0.01"), ("**0.05**", "ours-2.9"))
-        },
+        of_each_model({"0.01": "ours-2.9-damp-0.01", "**0.05**": "ours-2.9"}),
     ),
     "switched": (
         "",
@@ -108,34 +116,36 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
     "prototype": (
         "SmolLM2, the first 8 windows, and in brackets what the prototype had",
         ("bits", "wiki", "KL wiki"),
-        {
-            f"{label} ({had})": f"{SMOLLM2}-{row}-8-windows"
-            for label, row, had in (
-                ("16-bit", "16-bit", "29.2"),
-                (OURS, "ours-2.9", "2.906 bits: 62.7, with its search"),
-                ("`--damp 0.01`", "ours-2.9-damp-0.01", "the same"),
-                ("`--damp 0.01 --ranges minmax`", "ours-2.9-minmax", "103"),
-                ("`--damp 0.01 --order none`", "ours-2.9-natural-order", "78.6; 198 with min-max"),
-                ("`--damp 0.01 --outliers 0.002`", "ours-2.9-outliers", "2.97 bits: 61.1"),
-                ("`--damp 0.01 --outliers 0.005`", "ours-2.9-more-outliers", "3.07 bits: 58.5"),
-                ("`--recipe paper-v1`", "paper-v1", "strips by range, natural order: 2,561"),
-                ("`--recipe paper-v4`", "paper-v4", "2.94 bits, another reading of it: 221"),
-                ("GPTQ, 3 bits, group 64, act_order", "gptq-3", "its own: 77.2; 116 with min-max"),
-            )
-        },
+        beside_the_prototype(
+            SMOLLM2,
+            8,
+            {
+                "16-bit": ("16-bit", "29.2"),
+                OURS: ("ours-2.9", "2.906 bits: 62.7, with its search"),
+                "`--damp 0.01`": ("ours-2.9-damp-0.01", "the same"),
+                "`--damp 0.01 --ranges minmax`": ("ours-2.9-minmax", "103"),
+                "`--damp 0.01 --order none`": ("ours-2.9-natural-order", "78.6; 198 with min-max"),
+                "`--damp 0.01 --outliers 0.002`": ("ours-2.9-outliers", "2.97 bits: 61.1"),
+                "`--damp 0.01 --outliers 0.005`": ("ours-2.9-more-outliers", "3.07 bits: 58.5"),
+                "`--recipe paper-v1`": ("paper-v1", "strips by range, natural order: 2,561"),
+                "`--recipe paper-v4`": ("paper-v4", "2.94 bits, another reading of it: 221"),
+                "GPTQ, 3 bits, group 64, act_order": ("gptq-3", "its own: 77.2; 116 with min-max"),
+            },
+        ),
     ),
     "first-8-windows": (
         "Qwen2.5-Coder-0.5B, first 8 blocks, first 3 windows of C4, and in brackets the prototype on its text",
         ("c4", "KL c4"),
-        {
-            f"{label} ({had})": f"{QWEN}-{row}-3-windows"
-            for label, row, had in (
-                ("16-bit", "16-bit", "32.75"),
-                (OURS, "ours-2.9-first-8", "39.7, with its search"),
-                ("`--damp 0.01 --ranges minmax`", "ours-2.9-minmax-first-8", "35.8"),
-                ("GPTQ, 3 bits, group 128, act_order", "gptq-3-first-8", "its own: 38.8; 37.1 with min-max"),
-            )
-        },
+        beside_the_prototype(
+            QWEN,
+            3,
+            {
+                "16-bit": ("16-bit", "32.75"),
+                OURS: ("ours-2.9-first-8", "39.7, with its search"),
+                "`--damp 0.01 --ranges minmax`": ("ours-2.9-minmax-first-8", "35.8"),
+                "GPTQ, 3 bits, group 128, act_order": ("gptq-3-first-8", "its own: 38.8; 37.1 with min-max"),
+            },
+        ),
     ),
     "first-8": (
         "Qwen2.5-Coder-0.5B",
@@ -154,11 +164,7 @@ OTHERS: dict[str, tuple[str, Sequence[str], dict[str, str]]] = {
     "ranges": (
         "",
         ("wiki", "plain", "c4", "KL wiki", "KL plain", "KL c4"),
-        {
-            f"{label}, {ranges}": f"{model}-{row}"
-            for label, model in (("SmolLM2", SMOLLM2), ("Qwen2.5-Coder", QWEN), ("Gemma", GEMMA))
-            for ranges, row in (("min-max", "ours-2.9-minmax"), ("**the search**", "ours-2.9-damp-0.01"))
-        },
+        of_each_model({"min-max": "ours-2.9-minmax", "**the search**": "ours-2.9-damp-0.01"}),
     ),
 }
 
@@ -171,10 +177,10 @@ def read(stem: str) -> dict[str, Any]:
 def cell(row: dict[str, Any], column: str) -> str:
     """One number: of bits, a text's perplexity, divergence or agreement, a task's score, or nothing measured."""
     if column == "bits":
-        padded = row["details"].get("bits_of_padded") if "details" in row else None
+        padded = row.get("details", {}).get("bits_of_padded")  # tasks have no details
         return f"{row['bits']:.3f}" + (f" ({padded:.3f} padded)" if padded else "")
     if column in TASKS or column == "mean":
-        values = [100 * score(row, task)[1] for task in (TASKS if column == "mean" else [column])]
+        values = [100 * score(row, task) for task in (TASKS if column == "mean" else [column])]
         return f"{mean(values):.1f}"
     kind, _, name = column.rpartition(" ")
     text = row["texts"].get(name)
@@ -186,24 +192,29 @@ def cell(row: dict[str, Any], column: str) -> str:
     return f"{divergence['mean_kl']:.3f}" if kind == "KL" else f"{100 * divergence['top1_agreement']:.1f} %"
 
 
-def score(row: dict[str, Any], task: str) -> tuple[str, float]:
-    """Its accuracy by length of the answer where the task has that, else its accuracy, with the name of it."""
+def score(row: dict[str, Any], task: str) -> float:
+    """Its accuracy by length of the answer where the task has that, else its accuracy."""
     values = {one["metric"]: one["value"] for one in row["tasks"] if one["task"] == task}
-    metric = "acc_norm" if "acc_norm" in values else "acc"
-    return metric, values[metric]
+    return float(values.get("acc_norm", values["acc"]))
 
 
 def table(head: str, columns: Sequence[str], rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    return markdown(head, columns, [(label, [cell(row, column) for column in columns]) for label, row in rows])
+
+
+def markdown(head: str, columns: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -> str:
+    """Rows of a bold label are bold."""
     lines = [f"| {head} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
-    for label, row in rows:
-        cells = _bold(label, [cell(row, column) for column in columns])
+    for label, cells in rows:
+        if label.startswith("**`") and label.endswith("**"):
+            cells = [f"**{one}**" if one else "" for one in cells]
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return "".join(line + "\n" for line in lines)
 
 
-def _bold(label: str, cells: list[str]) -> list[str]:
-    """As the label is."""
-    return [f"**{one}**" if one else "" for one in cells] if label.startswith("**`") and label.endswith("**") else cells
+def named(label: str, row: dict[str, Any]) -> str:
+    """The label with the group_size of what was quantized, where it has a place for that."""
+    return label.format(group_size=row["details"].get("quantization_config", {}).get("group_size"))
 
 
 def main_table(model: str) -> str:
@@ -212,30 +223,27 @@ def main_table(model: str) -> str:
     for name, label in LABELS.items():
         if (RESULTS / f"{model}-{name}.json").exists():
             row = read(f"{model}-{name}")
-            config = row["details"].get("quantization_config", {})
-            rows.append((label.format(group_size=config.get("group_size")), row))
+            rows.append((named(label, row), row))
     rows.sort(key=lambda row: float(cell(row[1], "KL wiki") or 0))
     texts = [text for text in TEXTS if text in ("wiki", "c4") or (text == "code" and model == QWEN)]
     return table(MODELS[model], ("bits", *texts, "KL wiki", "top-1 wiki"), rows)
 
 
 def task_table(model: str) -> str:
-    rows = [(LABELS[name], read(f"tasks-{model}-{name}")) for name in ("16-bit", "ours-2.9", "gptq-3")]
-    group_size = read(f"{model}-gptq-3")["details"]["quantization_config"]["group_size"]
-    named = [(label.format(group_size=group_size), row) for label, row in rows]
-    return table(MODELS[model], ("bits", *TASKS, "mean"), named)
+    names = ("16-bit", "ours-2.9", "gptq-3")
+    rows = [(named(LABELS[name], read(f"{model}-{name}")), read(f"tasks-{model}-{name}")) for name in names]
+    return table(MODELS[model], ("bits", *TASKS, "mean"), rows)
 
 
 def overview() -> str:
     """README.md's: every model in a column, perplexity on two texts in a cell."""
-    lines = [f"| perplexity: wiki, c4 | bits | {' | '.join(MODELS.values())} |", "|---|" + "---:|" * (1 + len(MODELS))]
+    lines = []
     for name, label in OVERVIEW.items():
         rows = [read(f"{model}-{name}") for model in MODELS]
         bits = sorted({f"{row['bits']:.2f}" for row in rows}, key=float)
         cells = [" to ".join(dict.fromkeys((bits[0], bits[-1])))]
-        cells += [f"{cell(row, 'wiki')}, {cell(row, 'c4')}" for row in rows]
-        lines.append("| " + " | ".join([label, *_bold(label, cells)]) + " |")
-    return "".join(line + "\n" for line in lines)
+        lines.append((label, cells + [f"{cell(row, 'wiki')}, {cell(row, 'c4')}" for row in rows]))
+    return markdown("perplexity: wiki, c4", ("bits", *MODELS.values()), lines)
 
 
 def tables() -> dict[str, str]:

@@ -52,6 +52,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strategy = Annotated[str, typer.Option(help="How ranks meet: naive, local-sort or tp-aware.")]
 KERNELS = ("cpu-int8", "cpu", "decode", "triton", "reference")  # bitshard.kernels', which imports torch
 Backend = Annotated[str, typer.Option(help=f"exact; auto, with 8-bit activations; or a kernel: {', '.join(KERNELS)}.")]
+Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8 (default: mix64 2, gptq 4).")]
+Fraction4Bit = Annotated[float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")]
+Metadata = Annotated[str | None, typer.Option(help="mix64: fine or paper (default: fine).")]
+GroupSize = Annotated[int | None, typer.Option(help="gptq: input channels per scale; -1 for all (default: 128).")]
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree: how many ranks to start.")]
 
 
@@ -205,10 +209,8 @@ def quantize(
     model: Annotated[str, typer.Argument(help="16-bit HF folder, .gguf file or hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq.")] = "mix64",
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 (default: mix64 2, gptq 4).")] = None,
-    fraction_4bit: Annotated[
-        float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
-    ] = None,
+    bits: Bits = None,
+    fraction_4bit: Fraction4Bit = None,
     average_bits: Annotated[
         float | None,
         typer.Option(help="mix64: choose that fraction for each matrix, within these bits in all (default: 2.91)."),
@@ -216,7 +218,7 @@ def quantize(
     outliers: Annotated[
         float | None, typer.Option(help="mix64: share of weights kept in 16 bits (default: 0).")
     ] = None,
-    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper (default: fine).")] = None,
+    metadata: Metadata = None,
     order: Annotated[str | None, typer.Option(help="model or none (default: mix64 model, gptq none).")] = None,
     ranking: Annotated[str | None, typer.Option(help="mix64: hessian or range (default: hessian).")] = None,
     ranges: Annotated[str | None, typer.Option(help="mix64: search or minmax (default: search).")] = None,
@@ -233,9 +235,7 @@ def quantize(
     tune: Annotated[
         int | None, typer.Option(help="mix64: steps of tuning each block; try twice the samples (default: 0).")
     ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="gptq: input channels per scale; -1 for all (default: 128).")
-    ] = None,
+    group_size: GroupSize = None,
     desc_act: Annotated[bool | None, typer.Option("--desc-act", help="gptq: group by falling sensitivity.")] = None,
     static_groups: Annotated[bool | None, typer.Option("--static-groups", help="gptq: fix groups first.")] = None,
     sym: Annotated[
@@ -357,14 +357,10 @@ def export(
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; config.json is enough.")],
     format: Annotated[str, typer.Option(help="mix64 or gptq, to plan a 16-bit model with.")] = "mix64",
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 (default: mix64 2, gptq 4).")] = None,
-    fraction_4bit: Annotated[
-        float | None, typer.Option(help="mix64: 4-bit strips of every matrix, 0, 0.25, 0.5 or 1.")
-    ] = None,
-    metadata: Annotated[str | None, typer.Option(help="mix64: fine or paper (default: fine).")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="gptq: input channels per scale; -1 for all (default: 128).")
-    ] = None,
+    bits: Bits = None,
+    fraction_4bit: Fraction4Bit = None,
+    metadata: Metadata = None,
+    group_size: GroupSize = None,
     pad: Annotated[int | None, typer.Option(help="Show the zero-padding that makes this degree legal.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="Memory bandwidth of one device, for the time floor.")] = None,
     as_json: Json = False,

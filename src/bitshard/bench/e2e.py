@@ -130,7 +130,9 @@ class E2eReport:
 
     def require_all(self) -> None:
         """Raises BenchError for all runs that were not timed."""
-        report.require_timed("engines", self.refused)
+        report.require_timed(
+            self.refused, "bench e2e", "runs that were not timed", "engines that run here and are right"
+        )
 
     def render(self) -> Table:
         lines = [

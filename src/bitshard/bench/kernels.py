@@ -126,7 +126,9 @@ class KernelReport:
 
     def require_all(self) -> None:
         """Raises BenchError for all kernels that were not timed."""
-        report.require_timed("kernels", self.refused)
+        report.require_timed(
+            self.refused, "bench kernels", "that were not timed", "kernels that run here and are right"
+        )
 
     def render(self) -> Table:
         lines = []

@@ -53,14 +53,12 @@ def _gpus() -> dict[str, Any]:
     }
 
 
-def require_timed(what: str, refused: Mapping[str, str]) -> None:
-    """Raises BenchError for all that was not timed, if anything was not: what was refused, and why."""
+def require_timed(refused: Mapping[str, str], bench: str, found: str, allowed: str) -> None:
+    """Raises BenchError where something was refused: its name and why."""
     if refused:
-        every = "; ".join(f"{where}: {why}" for where, why in refused.items())
-        raise BenchError(
-            "bench", f"{len(refused)} that were not timed: {every}", f"{what} that run here and are right",
-            "mend them, or compare the others: they were timed",
-        )  # fmt: skip
+        every = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        fix = "mend them, or compare the others: they were timed"
+        raise BenchError(bench, f"{len(refused)} {found}: {every}", allowed, fix)
 
 
 def load() -> float:
