@@ -35,7 +35,8 @@ def test_every_case_is_measured_and_written(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     report = bench_kernels(SMALL, tmp_path / "out" / "k.json")
     ours = [f"{layout} {kernel}" for layout in ("mix64", "gptq 4-bit") for kernel in ("cpu-int8", "cpu")]
-    wanted = [*ours[:2], "mix64 C call", "mix64, 0.2% outliers, cpu-int8", *ours[2:], "torch float32", "torch bfloat16"]
+    variants = ("mix64 C call", "mix64, 0.2% outliers, cpu-int8", "mix64, 2-bit strips alone, cpu-int8")
+    wanted = [*ours[:2], *variants, *ours[2:], "torch float32", "torch bfloat16"]
     for n, k in SMALL.shapes:
         of_ggml = ["ggml q2_K"] if ggml.libraries() is not None and k % 256 == 0 else []
         for tokens in SMALL.tokens:
@@ -54,10 +55,10 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(contenders.MOST_ERROR, "int8", 1e-6)
     report = bench_kernels(SMALL, tmp_path / "k.json")
     assert {row.kernel for row in report.rows} >= {"mix64 cpu", "torch float32"}
-    assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 4
+    assert not any("int8" in row.kernel for row in report.rows) and len(report.refused) == 2 * 2 * 2 * 5
     assert json.loads((tmp_path / "k.json").read_text())["refused"] == report.refused
     with pytest.raises(
-        BenchError, match=r"found 32 that were not timed: mix64 cpu-int8, 64x256, M=1, 1 threads: error .*; allowed"
+        BenchError, match=r"found 40 that were not timed: mix64 cpu-int8, 64x256, M=1, 1 threads: error .*; allowed"
     ):
         report.require_all()
 
@@ -85,8 +86,11 @@ def test_what_was_measured_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("shapes", ((4096, 100),)),
         ("shapes", ((8, 64),)),
         ("shapes", ((17, 64),)),
+        ("shapes", ((16, 64_000_000_000),)),
         ("tokens", (0,)),
+        ("tokens", (99_999_999_999,)),
         ("threads", ()),
+        ("threads", (100_000,)),
         ("repetitions", 2),
     ],
 )

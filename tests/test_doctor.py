@@ -34,7 +34,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch, gpu: bool, no_decode: str = "", no_
 def test_an_instruction_set(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", object)
     monkeypatch.setattr(cpu, "instruction_set", lambda: which)
-    assert kernels(monkeypatch, gpu=False)[0] == Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[which]}")
+    found = kernels(monkeypatch, gpu=False)[0]
+    assert (found.subject, found.status, found.fix) == ("C kernels", "ok", "")
+    takes = "gptq and mix64, float16, bfloat16, float32, any number of tokens"
+    assert found.detail.startswith(f"for {cpu.INSTRUCTION_SETS[which]}: {takes}; cpu-int8 where `auto`")
 
 
 def test_no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +48,13 @@ def test_no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     subjects = "CUDA decode kernel", "Triton kernels"
-    assert kernels(monkeypatch, gpu=True)[1:] == [Finding(subject, "ok", "") for subject in subjects]
+    takes = (
+        "mix64, float16, bfloat16, up to 64 tokens",
+        "gptq and mix64, float16, bfloat16, float32, any number of tokens",
+    )
+    assert kernels(monkeypatch, gpu=True)[1:] == [
+        Finding(subject, "ok", what) for subject, what in zip(subjects, takes, strict=True)
+    ]
     [found, _] = kernels(monkeypatch, True, "NVRTC does not compile it")[1:]
     assert found.detail == "Triton's kernels run instead"
     assert kernels(monkeypatch, True, "NVRTC does not compile it", INSTALL)[1:] == [

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from bitshard.checkpoint import Checkpoint
 from bitshard.export import export
 from bitshard.integrations.transformers import load
 from bitshard.nn import eight_bit
+from bitshard.sources import load_tokenizer
 from bitshard.spec import MixSpec, QuantSpec
 from commands import free_port
 from dense import character_tokenizer
@@ -28,8 +31,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, re
 SIZES = {"hidden_size": 96, "head_dim": 64, "intermediate_size": 256, "eos_token_id": None}
 OF_QWEN2 = {**SIZES, "hidden_size": 256}  # whose heads are what that many channels leave each
 TOKENS = 6
+DEMO = Path(__file__).parents[1] / "build" / "demo"
 # of logits whose deviation is 0.2: vLLM's own float32 on a processor is off by up to 0.003, whichever kernel is ours
 LEAST_GAP, LEAST_GAP_BFLOAT16 = 0.01, 0.02
+LEAST_GAP_OF_REAL = 0.1
 LEAST_GAP_AUTO = 0.04  # rounding what the products take to 8 bits moves logits by up to 0.014
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -131,6 +136,21 @@ def test_an_output_matrix_that_groups_do_not_divide() -> None:
     x, bias = torch.randn(3, 96), torch.randn(128)
     assert head.rounded is None
     assert torch.allclose(head.apply(layer, x, bias), x @ layer.weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, None], ids=["one rank", "several"])
+@pytest.mark.parametrize(
+    "folder", sorted([*DEMO.glob("*-mix64"), *DEMO.glob("*-gptq")]), ids=lambda folder: folder.name
+)
+def test_checkpoints_of_make_demo(folder: Path, tp_size: int | None, tmp_path: Path) -> None:
+    """Real models: `mix64`, and act_order as it is. MODEL=... of `make demo` adds others."""
+    tp_size = tp_size or min(degree for degree in Checkpoint.open(folder).plan().legal_degrees() if degree > 1)
+    linked = tmp_path / "m"
+    linked.symlink_to(folder)
+    ids = load_tokenizer(folder)("\n".join(topics.values()), return_tensors="pt")["input_ids"]
+    prompts = ids[0, : 8 * 9].view(8, 9)
+    done = run(linked, tp_size, None if folder.name.endswith("mix64") else "bitshard", prompts)
+    require_same_tokens(linked, done, prompts, LEAST_GAP_OF_REAL)
 
 
 def require_same_tokens(

@@ -758,7 +758,7 @@ def bench_kernels(
     from bitshard.bench.kernels import bench_kernels as run
 
     sizes = []
-    for shape in filter(None, shapes.split(",")):
+    for shape in shapes.split(",") if shapes else ():
         n, _, k = shape.partition("x")
         sizes.append((_numbers("--shapes", n)[0], _numbers("--shapes", k)[0]))
     numbers = _numbers("--tokens", tokens) if tokens else ()

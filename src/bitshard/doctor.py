@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from bitshard.kernels import cpu, decode, why_not_triton
+from bitshard.kernels import KERNELS, cpu, decode, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,35 @@ def _kernels() -> Sequence[Finding]:
     if why := cpu.missing():
         processor = Finding("C kernels", "missing", "plain torch runs instead, several times slower", why)
     else:
-        processor = Finding("C kernels", "ok", f"for {cpu.INSTRUCTION_SETS[cpu.instruction_set()]}")
+        sets = cpu.INSTRUCTION_SETS[cpu.instruction_set()]
+        backends = "cpu-int8 where `auto` is asked for, cpu where `exact` is"
+        processor = Finding("C kernels", "ok", f"for {sets}: {_takes('cpu')}; {backends}")
     found, gpu = [processor], torch.cuda.is_available()
-    for subject, why, instead in (
+    for subject, name, why, instead in (
         (
             "CUDA decode kernel",
+            "decode",
             decode.missing(),
             "plain torch runs instead" if why_not_triton() else "Triton's kernels run instead",
         ),
         (
             "Triton kernels",
+            "triton",
             "; ".join(filter(None, ["" if gpu else "a GPU is needed", why_not_triton()])),
             "plain torch runs instead, many times slower",
         ),
     ):
         detail = instead if gpu else "no GPU; everything runs on the processor"
-        found.append(Finding(subject, "missing", detail, why) if why else Finding(subject, "ok", ""))
+        found.append(Finding(subject, "missing", detail, why) if why else Finding(subject, "ok", _takes(name)))
     return found
+
+
+def _takes(name: str) -> str:
+    """What a kernel is for; of two that take the same the one above runs."""
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    tokens = f"up to {kernel.most_tokens} tokens" if kernel.most_tokens else "any number of tokens"
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes)
+    return f"{' and '.join(kernel.layouts)}, {dtypes}, {tokens}"
 
 
 def _package(name: str, tested: Sequence[str], purpose: str = "", fix: str = "") -> Finding:

@@ -21,6 +21,7 @@ from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
 from bitshard.spec import MixSpec, QuantSpec
 
+DEFAULT = MixSpec()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 STREAMED = 256 << 20  # bytes: eight times this machine's largest cache
 MOST_COPIES = 64
@@ -58,6 +59,7 @@ def of_processor(n: int, k: int) -> Contenders:
     for name, (linear, W_RK), backends in (
         ("mix64", _random_mix64(n, k), both),
         (f"mix64, {OUTLIERS:.1%} outliers,", _random_mix64(n, k, outliers=OUTLIERS), both[:1]),
+        ("mix64, 2-bit strips alone,", _random_mix64(n, k, spec=MixSpec(2, 0.0)), both[:1]),  # fewer bits than q2_K's
         ("gptq 4-bit", _random_gptq(n, k), both),
     ):
         nbytes, copies = _copied(linear)
@@ -129,7 +131,7 @@ def _decode(copies: Sequence[PackedLinear], how: dict[str, int], x_MK: torch.Ten
 
     def multiply(linear: PackedLinear) -> torch.Tensor:
         scales2 = linear.get_parameter("scales2")
-        return decode.mix64_linear(x_MK, linear.qweight, scales2, (), linear.rows, MixSpec().widths.count(4), **how)
+        return decode.mix64_linear(x_MK, linear.qweight, scales2, (), linear.rows, DEFAULT.widths.count(4), **how)
 
     return [partial(multiply, linear) for linear in copies], partial(multiply, copies[0])
 
@@ -152,7 +154,7 @@ def _c_call(copies: Sequence[PackedLinear], x_MK: torch.Tensor, threads: int) ->
         how = 1, True, cpu.instruction_set(), threads
         library.bitshard_mix64_side_by_side(x_MK.data_ptr(), y_MN.data_ptr(), len(x_MK), weight, *how)
 
-    wide = MixSpec().widths.count(4)
+    wide = DEFAULT.widths.count(4)
     fields = (cpu.mix64_fields(x_MK, c.qweight, c.get_parameter("scales2"), (), c.rows, wide) for c in copies)
     return [partial(multiply, cpu.array_of(weight)) for weight in fields], lambda: y_MN
 
@@ -173,10 +175,10 @@ def _ggml(linear: ggml.Q2Linear, x_MK: torch.Tensor, threads: int) -> Any:
 
 
 def _random_mix64(
-    n: int, k: int, device: torch.device = CPU, outliers: float = 0.0
+    n: int, k: int, device: torch.device = CPU, outliers: float = 0.0, spec: MixSpec = DEFAULT
 ) -> tuple[Mix64Linear, torch.Tensor]:
-    """A layer of random codes of the default spec, and its first rows. outliers: their share, as many in each row."""
-    spec, layout, generator = MixSpec(), Mix64Layout(), torch.Generator(device).manual_seed(0)
+    """A layer of random codes, and its first rows. outliers: their share, as many in each row."""
+    layout, generator = Mix64Layout(), torch.Generator(device).manual_seed(0)
     blocks, tiles = spec.blocks(k), spec.tiles(n)
 
     def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -185,7 +187,7 @@ def _random_mix64(
 
     tensors = {
         "qweight": integers(torch.int32, n, 4 * blocks),
-        "qextra": integers(torch.int32, n, blocks * spec.extra_words),
+        **({"qextra": integers(torch.int32, n, blocks * spec.extra_words)} if spec.extra_words else {}),
         "qscales": integers(torch.int16, n, blocks),
         "qzeros": integers(torch.uint8, n, blocks),
         "scales2": (torch.rand(tiles, 4 * blocks, 2, generator=generator, device=device) * 1e-3).half(),

@@ -27,6 +27,8 @@ from bitshard.kernels import why_not_arranged
 from bitshard.progress import Progress, silent
 from bitshard.spec import BLOCK
 
+MOST_WEIGHTS = 1 << 31  # of one matrix, and inputs and outputs of a case: 8 GB in float32
+MOST_THREADS = 1024  # torch dies of 100,000
 MOST_ELEMENTS = 256 << 20  # float32, that are copied on a GPU; its product has as many entries
 IN_A_ROW = 8  # calls of one kernel on a processor, each with another copy
 LONG_SECONDS = 0.02  # of a call that needs no others
@@ -63,9 +65,12 @@ class KernelBench:
                 raise SpecError(
                     "shapes", f"{n}x{k}", f"rows in sixteens, columns in blocks of {BLOCK}", "choose others"
                 )
-        for name in ("tokens", "threads"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise SpecError(name, str(getattr(self, name)), "numbers of 1 or more", "choose others")
+            if (most := max(n * k, max((n, k)) * max(self.tokens, default=1))) > MOST_WEIGHTS:
+                found = f"{most} numbers in a matrix, or in its inputs or outputs"
+                raise SpecError("shapes and tokens", found, f"{MOST_WEIGHTS} or fewer", "choose smaller ones")
+        for name, most in (("tokens", MOST_WEIGHTS), ("threads", MOST_THREADS)):
+            if not getattr(self, name) or not all(1 <= number <= most for number in getattr(self, name)):
+                raise SpecError(name, str(getattr(self, name)), f"numbers from 1 to {most}", "choose others")
         if self.repetitions < 3:
             raise SpecError("repetitions", str(self.repetitions), "3 or more", "ask for more")
 

