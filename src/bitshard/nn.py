@@ -61,15 +61,16 @@ class PackedLinear(nn.Module):
 
     def another_width(self, x: torch.Tensor) -> SpecError:
         """For an input [..., K] of another K than `columns`: a kernel would read what is not there."""
+        found = f"{x.shape[-1]} channels" if x.dim() else "a single number"
         return SpecError(
-            "input", f"{x.shape[-1]} channels", f"{self.columns}, as this {self.layout_name} matrix has",
+            "input", found, f"{self.columns}, as this {self.layout_name} matrix has",
             "pass what the layer was made for",
         )  # fmt: skip
 
     def arrange(self) -> None:
         """Put the weights as the kernels of their device read them, if there are any that read them at all."""
         device = self.qweight.device.type
-        if why_not_arranged(device, self.layout_name):
+        if self.arrangement != "file" or why_not_arranged(device, self.layout_name):
             return
         if arranged := self.arranged({name: p.data for name, p in self.named_parameters(recurse=False)}, device):
             self.file_shape, self.arrangement = self.qweight.shape, "gpu" if device == "cuda" else "cpu"
@@ -191,7 +192,7 @@ class QuantLinear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        if x.shape[-1] != self.columns:
+        if x.shape[-1:] != (self.columns,):
             raise self.another_width(x)
         if self.perm is not None:
             x = x[..., self.perm]
@@ -267,7 +268,7 @@ class Mix64Linear(PackedLinear):
         """x [..., K] -> [..., N]."""
         spec, own = self.spec, self._parameters  # a name looked up there takes a fifth of the time of an attribute
         rows, strips = self.file_shape or self.qweight.shape
-        if x.shape[-1] != self.columns:
+        if x.shape[-1:] != (self.columns,):
             raise self.another_width(x)
         if unused := strips * STRIP - x.shape[-1]:
             x = F.pad(x, (0, unused))
@@ -306,7 +307,7 @@ def side_by_side(parts: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
 
     What it saves: `kernels.fuse`, which finds such matrices in a compiled graph.
     """
-    if x.shape[-1] != parts[0].columns:
+    if x.shape[-1:] != (parts[0].columns,):
         raise parts[0].another_width(x)
     metadata, outliers = zip(*(part.tensors() for part in parts), strict=True)
     y: torch.Tensor = mix64_linears(

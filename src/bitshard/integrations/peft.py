@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bitshard.errors import PlanError
 from bitshard.nn import Mix64Linear, PackedLinear, QuantLinear
+from bitshard.versions import report_untested
 
 
 class LoraLinear(GPTQLoraLinear):  # type: ignore[misc]
@@ -29,6 +30,7 @@ def adapted(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     Those of the model that a checkpoint was made of would not fit where its channels are in another order. Raises
     PlanError for adapters of anything else than this checkpoint, and for a model on several ranks.
     """
+    report_untested("peft")
     made_for = config.base_model_name_or_path
     if made_for and not _same(made_for, model.name_or_path):
         raise PlanError(

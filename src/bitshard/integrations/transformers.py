@@ -38,6 +38,7 @@ from bitshard.mixed import MixedWeight
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
 from bitshard.parallel import Strategy, parse_strategy
 from bitshard.spec import STRIP, MixSpec, QuantSpec
+from bitshard.versions import report_untested
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         self.hooks = list[RemovableHandle]()
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        report_untested("transformers")
         devices = set(device_map.values()) if isinstance(device_map, dict) else set()
         if "disk" in devices:
             raise PlanError(

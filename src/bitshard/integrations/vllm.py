@@ -52,6 +52,7 @@ from bitshard.nn import (
 )
 from bitshard.quantconfig import QuantConfig, parse_quant_config
 from bitshard.spec import WORD_BITS, MixSpec, QuantSpec
+from bitshard.versions import report_untested
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, quantization: QuantConfig) -> None:
         super().__init__()
+        report_untested("vllm")
         self.quantization = quantization
         asked = os.environ.get(BACKEND, "auto")
         # on a processor ours take half the time of vLLM's
@@ -105,6 +107,9 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
             return EightBitHead() if model.head_dtype == model.dtype else None  # else vLLM multiplies by itself
         if not isinstance(layer, LinearBase):
             return None
+        if get_current_vllm_config().lora_config is not None:  # of the 16-bit model's order of channels, maybe
+            fix = "adapters in transformers: docs/engines.md"
+            raise PlanError("--enable-lora", "LoRA adapters", "none with bitshard's checkpoints in vLLM", fix)
         parent, _, own = prefix.rpartition(".")
         fused = self.packed_modules_mapping.get(own, [own])
         # a layer that vLLM thinks of as several matrices may be one in the file

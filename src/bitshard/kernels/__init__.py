@@ -96,6 +96,7 @@ torch.library.define(
     "(Tensor x, Tensor[] qweights, Tensor[] scales2, Tensor[] outliers, int[] out_features, int[] wides, str backend)"
     " -> Tensor",
 )
+ANY_DEVICE = "CompositeExplicitAutograd"  # torch's word for it: plain torch runs on all
 gptq_linear = torch.ops.bitshard.gptq_linear.default
 mix64_linear = torch.ops.bitshard.mix64_linear.default
 mix64_linears = torch.ops.bitshard.mix64_linears.default
@@ -117,7 +118,7 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {_name(dtype)} activations",
         ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
-        asked.missing() or "choose one of these",
+        asked.missing() if layout in asked.layouts and asked.missing() else "choose one of these",
     )
 
 
@@ -182,7 +183,7 @@ def why_not_arranged(device: str, layout: str = "mix64") -> str:
     return cpu.missing() if device == "cpu" else f"there are no kernels for {device}"
 
 
-@torch.library.impl("bitshard::gptq_linear", ("CPU", "CUDA"))
+@torch.library.impl("bitshard::gptq_linear", ANY_DEVICE)
 def _(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -207,7 +208,7 @@ def _(
     return cpu.gptq_linear(x, qweight, scales, qzeros, out_features, bits, kernel == "cpu-int8")
 
 
-@torch.library.impl("bitshard::mix64_linear", ("CPU", "CUDA"))
+@torch.library.impl("bitshard::mix64_linear", ANY_DEVICE)
 def _(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -281,6 +282,7 @@ def differentiable(op: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
 def _(
     x: torch.Tensor, qweights: Any, scales2: Any, outliers: Any, out_features: Sequence[int], *rest: Any
 ) -> torch.Tensor:
+    _require_device(x, qweights[0], "file")
     return x.new_empty(*x.shape[:-1], sum(out_features))
 
 
@@ -288,6 +290,7 @@ def _(
 def _(
     x: torch.Tensor, qweight: Any, scales: Any, qzeros: Any, g_idx: Any, out_features: int, *rest: Any
 ) -> torch.Tensor:
+    _require_device(x, qweight, "file")
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -295,4 +298,5 @@ def _(
 def _(
     x: torch.Tensor, qweight: Any, qextra: Any, metadata: Any, outliers: Any, out_features: int, *rest: Any
 ) -> torch.Tensor:
+    _require_device(x, qweight, "file")
     return x.new_empty(*x.shape[:-1], out_features)

@@ -45,11 +45,14 @@ class Mix64(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None where the package was installed without a C compiler, or what was built is another version's."""
+    """None where there was no C compiler at installation, or what was built is another version's or machine's."""
     built = sorted(Path(__file__).parent.glob("_linear*.so"))
     if not built:
         return None
-    found = ctypes.CDLL(str(built[0]))
+    try:
+        found = ctypes.CDLL(str(built[0]))
+    except OSError:
+        return None
     if not all(hasattr(found, name) for name in FUNCTIONS):
         return None
     for name, arguments in FUNCTIONS.items():
