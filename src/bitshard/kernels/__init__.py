@@ -118,7 +118,7 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {_name(dtype)} activations",
         ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
-        asked.missing() if layout in asked.layouts and asked.missing() else "choose one of these",
+        (layout in asked.layouts and asked.missing()) or "choose one of these",
     )
 
 
