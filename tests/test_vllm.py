@@ -150,7 +150,7 @@ def test_checkpoints_of_make_demo(folder: Path, tp_size: int | None, tmp_path: P
     linked = tmp_path / "m"
     linked.symlink_to(folder)
     ids = load_tokenizer(folder)("\n".join(topics.values()), return_tensors="pt")["input_ids"]
-    prompts = ids[0, : 8 * 9].view(8, 9)
+    prompts = ids[0, : 16 * 9].view(16, 9)
     done = run(linked, tp_size, None if folder.name.endswith("mix64") else "bitshard", prompts)
     require_same_tokens(linked, done, prompts, LEAST_GAP_OF_REAL)
 
