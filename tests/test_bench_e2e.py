@@ -83,7 +83,9 @@ def test_transformers_beside_what_is_not_installed(stories: Path, quantized: Pat
         for context in (16, 32)
     ]
     assert all(0 < row.first.p10 <= row.first.median <= row.first.p90 for row in rows)
-    assert all(row.peak_bytes > 1 << 26 and row.tokens_per_second > 0 for row in rows)
+    assert all(row.peak_bytes > 1 << 26 for row in rows)
+    for row in rows:  # of all prompts together
+        assert row.tokens_per_second == pytest.approx(row.batch * 1000 / row.step.median)
     assert rows[0].agreement > 0.8 and rows[-1].agreement > 0.3  # in bfloat16; at 4.4 bits
     for engine, module in e2e.MODULES.items():
         if find_spec(module) is None:

@@ -29,7 +29,7 @@ def test_a_card_says_what_was_done_and_measured(format: str, tmp_path: Path) -> 
     assert card.startswith("---\nlibrary_name: transformers\n") and "# tiny, " in card and "base_model" not in card
     assert "\nlicense: gemma\ntags: [bitshard" in card and "license: none" not in card
     assert "calibration | 4 segments of 64 tokens, seed 0" in card and "on average, counted from the bytes" in card
-    assert ("an ordinary GPTQ file" in card) == (format == "gptq")
+    assert ("an ordinary GPTQ file, which" in card) == (format == "gptq") and "gptq_v2" not in card
     assert ('quantization="bitshard"' in card) == ("BitshardConfig())" in card) == (format != "mix64")
     assert f"damp {0.0 if format == 'mix64' else 0.01} |" in card
     assert f"correct={'yes' if format == 'mix64' else 'no'}" in bitshard("inspect", out).stdout

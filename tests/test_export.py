@@ -86,6 +86,8 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
     three = random_checkpoint(tmp_path / "t", "llama", QuantSpec(3, 32))
     sentence = refusal("export", three, tmp_path / "out", "--to", "compressed-tensors")
     assert "found 3 bits in groups of 32; allowed: 4 or 8 bits" in sentence
+    eight = random_checkpoint(tmp_path / "e", "llama", MixSpec(8, 0.0))
+    assert "8-bit strips" in refusal("export", eight, tmp_path / "out")
     assert "--to: found 'awq'" in refusal("export", outliers, tmp_path / "out", "--to", "awq")
     assert not list(tmp_path.glob("out*"))
 

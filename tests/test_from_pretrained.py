@@ -6,13 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
+from bitshard import versions
 from bitshard.checkpoint import Checkpoint
 from bitshard.convert import convert
 from bitshard.errors import BitshardError, PlanError
@@ -20,11 +25,13 @@ from bitshard.integrations.transformers import BitshardConfig, load
 from bitshard.kernels import cpu
 from bitshard.nn import PackedLinear
 from bitshard.parallel import launch
+from bitshard.serve import command
 from bitshard.spec import MixSpec, QuantSpec
 from factory import CONFIGS, dense_model, random_checkpoint, token_ids
 
 ACT_ORDER = QuantSpec(4, 16, sym=False, desc_act=True)
 SPECS = [MixSpec(), ACT_ORDER, QuantSpec(3, 32, sym=True)]
+ONE_GROUP = QuantSpec(4, -1, sym=False)  # its scales are every rank's
 WHOLE = [name for name in CONFIGS if name != "mixtral"]  # in one MLP a block
 
 
@@ -71,6 +78,32 @@ def test_act_order_as_it_is_equals_converted(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(from_pretrained(path)), expected, rtol=0, atol=6e-5 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:You passed:UserWarning")  # transformers', where a config is given
+def test_what_bitshard_wrote_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ that it quantized or converted needs no config, nor does lm-eval's, which says what the file says."""
+    convert(random_checkpoint(tmp_path / "m", "llama", ACT_ORDER), tmp_path / "tp")
+    theirs = random_checkpoint(tmp_path / "theirs", "llama", ACT_ORDER)
+
+    def packed(path: Path, **own: Any) -> bool:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **own).eval()
+        except ImportError:  # transformers' own asks for packages that are not there
+            return False
+        assert torch.equal(logits(model), logits(load(path)))
+        return any(isinstance(module, PackedLinear) for module in model.modules())
+
+    def said(path: Path, **more: Any) -> Any:
+        section = json.loads((path / "config.json").read_text())["quantization_config"]
+        return AutoQuantizationConfig.from_dict({**section, **more})
+
+    for asked, ours, others in ((None, True, False), ("0", False, False), ("1", True, True)):
+        if asked is not None:
+            monkeypatch.setenv("BITSHARD_GPTQ", asked)
+        for path, expected in ((tmp_path / "tp", ours), (theirs, others)):
+            assert packed(path) is packed(path, quantization_config=said(path)) is expected, (asked, path)
+            assert not packed(path, quantization_config=said(path, backend="torch"))
+
+
 def test_a_config_of_its_own_file(tmp_path: Path) -> None:
     """Older quantizers write no section in config.json; what is saved has one."""
     path = random_checkpoint(tmp_path / "m", "llama", ACT_ORDER)
@@ -113,6 +146,10 @@ def test_dequantized(spec: QuantSpec | MixSpec, model_type: str, tmp_path: Path)
         assert not any(isinstance(module, PackedLinear) for module in model.modules())
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
         model.save_pretrained(tmp_path / backend)
+        saved = from_pretrained(path, spec, backend)
+        saved.save_pretrained(tmp_path / f"packed-{backend}")
+        saved.dequantize()  # whose dtype saving has made a name
+        assert torch.equal(logits(saved), logits(model))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / backend, dtype=torch.float32)
         assert torch.equal(logits(again), logits(model)) and not hasattr(again.config, "quantization_config")
 
@@ -180,9 +217,33 @@ def test_adapters_are_trained_saved_and_loaded(spec: QuantSpec | MixSpec, tmp_pa
         PlanError, match="adapters of the-model-that-was-quantized: found .*may be in an order of its own"
     ):
         adapted(config, other)
+    config.base_model_name_or_path, other._tp_size = str(path), 2
+    with pytest.raises(PlanError, match="adapters: found a model on 2 ranks; allowed: one rank"):
+        adapted(config, other)
 
 
-def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "layers.1.self_attn.q_proj.bias"])
+def test_a_tensor_that_is_missing(name: str, spec: QuantSpec | MixSpec, tmp_path: Path) -> None:
+    """transformers would fill it with random numbers, or do without a bias."""
+    path = random_checkpoint(tmp_path / "m", "qwen2", spec)
+    from_pretrained(path, spec)
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(name)}, file, metadata)
+    for index in path.glob("*.index.json"):
+        index.unlink()
+    with pytest.raises(BitshardError, match=f"no tensor .*{name}; allowed: all tensors of the model"):
+        from_pretrained(path, spec)
+    for engine in ("transformers", "vllm"):
+        with pytest.raises(BitshardError, match=f"no tensor .*{name}"):
+            command(path, SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     path = random_checkpoint(tmp_path / "m", "llama", MixSpec())
     dense_model(path).save_pretrained(tmp_path / "dense")
     with pytest.raises(BitshardError, match="no quantization_config; allowed: a quantized checkpoint"):
@@ -195,6 +256,11 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, monkeypatch: pyte
         from_pretrained(random_checkpoint(tmp_path / "moe", "mixtral", MixSpec()), MixSpec()).dequantize()
     with pytest.raises(BitshardError, match="LlamaModel: found no model.layers.1.*AutoModelForCausalLM"):
         AutoModel.from_pretrained(path)
+    monkeypatch.setattr(versions, "TESTED", {"transformers": ("4.0",)})
+    versions.report_untested.cache_clear()
+    from_pretrained(path, MixSpec())
+    assert "bitshard was tested with 4.0" in caplog.text
+    versions.report_untested.cache_clear()
     monkeypatch.setenv("BITSHARD_BACKEND", "nothing")
     with pytest.raises(BitshardError, match="backend: found 'nothing'"):
         from_pretrained(path, MixSpec())
@@ -248,7 +314,7 @@ def on_a_rank(paths: list[str]) -> list[torch.Tensor]:
 
 def test_transformers_own_plan_on_two_ranks(tmp_path: Path) -> None:
     wide = {"head_dim": 64, "intermediate_size": 256}  # of which two ranks have whole tiles, blocks and groups
-    paths = [random_checkpoint(tmp_path / f"{i}", "llama", spec, **wide) for i, spec in enumerate(SPECS)]
+    paths = [random_checkpoint(tmp_path / f"{i}", "llama", spec, **wide) for i, spec in enumerate([*SPECS, ONE_GROUP])]
     convert(paths[1], tmp_path / "tp")
     paths[1] = tmp_path / "tp"
     for found in launch(2, on_a_rank, [str(path) for path in paths]):

@@ -60,12 +60,19 @@ def test_chat_and_completion(served: tuple[str, int]) -> None:
     assert ask(port, lambda client: client.completions.create(prompt="Hello", **how)).choices[0].text is not None
 
 
-def test_the_engines_own_command(tmp_path: Path) -> None:
+def test_the_engines_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = random_checkpoint(tmp_path / "m", "llama", MixSpec())
     arguments, environment = command(path, ServeOptions(port=1234, extra=("--dtype", "bfloat16")))
     assert arguments[1:5] == ["-m", "transformers.cli.transformers", "serve", str(path)]
     assert arguments[5:] == ["--host", "localhost", "--port", "1234", "--dtype", "bfloat16"]
     assert environment["BITSHARD_BACKEND"] == "auto" and environment["BITSHARD_GPTQ"] == "1"
+    monkeypatch.setitem(ENGINES, "vllm", ((), ""))
+    for spec in (MixSpec(), QuantSpec(4, 32)):
+        path = random_checkpoint(tmp_path / str(spec), "llama", spec)
+        arguments, _ = command(path, ServeOptions("vllm"))
+        assert arguments[1:7] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(path),
+                                  "--tensor-parallel-size", "1"]  # fmt: skip
+        assert arguments[7:9] == ["--quantization", "bitshard"]
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

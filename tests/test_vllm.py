@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from bitshard.checkpoint import Checkpoint
@@ -225,7 +226,7 @@ def test_registering_touches_no_gpu() -> None:
     vllm.register()
 
 
-def test_what_the_plugin_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_plugin_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each in a sentence: other methods, fused layers of two kinds, other models, adapters."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
@@ -243,6 +244,13 @@ def test_what_the_plugin_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(PlanError, match=f"found {why}; allowed: other models; to do: run it with transformers"):
             partly.maybe_update_config("m", AutoConfig.for_model(name, **CONFIGS[name]))
     partly.maybe_update_config("m", AutoConfig.for_model("llama", **CONFIGS["llama"]))
+    whole = random_checkpoint(tmp_path / "m", "llama", QuantSpec(4, 32))
+    partly.maybe_update_config(str(whole), AutoConfig.from_pretrained(whole))
+    tensors = load_file(whole / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, whole / "model.safetensors")
+    with pytest.raises(BitshardError, match=r"no tensor model\.norm\.weight; allowed: all tensors of the model"):
+        partly.maybe_update_config(str(whole), AutoConfig.from_pretrained(whole))
     partly.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     layer = QKVParallelLinear.__new__(QKVParallelLinear)
     lora = SimpleNamespace(lora_config=None)

@@ -13,7 +13,7 @@ import torch
 
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import FormatError, SpecError
-from bitshard.integrations.transformers import EVERY_GPTQ
+from bitshard.integrations.transformers import EVERY_GPTQ, require_whole
 from bitshard.kernels import BACKEND, require_backend
 
 # what each engine's server needs, and what installs it
@@ -54,6 +54,7 @@ def command(path: Path, options: ServeOptions) -> tuple[list[str], dict[str, str
     environment = dict(os.environ)
     if checkpoint.quantization is not None:
         checkpoint.check_matrices()
+        require_whole(checkpoint)
         if options.engine == "transformers" and "quantization_config" not in checkpoint.config:
             raise FormatError(
                 str(path / "config.json"), "no quantization_config, which stands in a file of its own",

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitshard.checkpoint import Checkpoint
@@ -37,14 +37,15 @@ from bitshard.layout import GptqLayout, Mix64Layout
 from bitshard.mixed import MixedWeight
 from bitshard.nn import Experts, Mix64Linear, PackedLinear, QuantLinear, eight_bit, fits_eight_bit, hoist_gather
 from bitshard.parallel import Strategy, parse_strategy
+from bitshard.sources import resolve
 from bitshard.spec import STRIP, MixSpec, QuantSpec
 from bitshard.versions import report_untested
 
 logger = logging.getLogger(__name__)
 
-EVERY_GPTQ = (
-    "BITSHARD_GPTQ"  # environment: anything but 0 runs GPTQ checkpoints too, of programs that pass no config on
-)
+# environment, for programs that pass no config on: with 0 no GPTQ checkpoint is ours to run, with anything else every
+# one is, and without it those that bitshard wrote
+EVERY_GPTQ = "BITSHARD_GPTQ"
 
 
 def load(
@@ -54,14 +55,15 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str = "exact",
 ) -> PreTrainedModel:
-    """A causal language model of the checkpoint `path`, 16-bit or quantized, ready to generate.
+    """A causal language model of the checkpoint `path`, 16-bit or quantized, ready to generate; a folder, .gguf file or
+    hub id.
 
     tp_size > 1: called on every rank of a torch.distributed job of that size. dtype: of activations; by default float32
     on a CPU and the checkpoint's own elsewhere. backend: see kernels. Raises PlanError when the degree or the strategy
     does not fit, RankError outside of such a job, and FormatError or CheckpointError when the files do not hold all of
     a model that transformers knows.
     """
-    path = Path(path)
+    path = resolve(str(path))
     checkpoint, config = Checkpoint.open(path), load_config(path)
     if tp_size > 1 and not dist.is_initialized() and "RANK" not in os.environ:
         start = f"start the program by `torchrun --nproc-per-node {tp_size}`, or use `bitshard generate --tp {tp_size}`"
@@ -106,6 +108,28 @@ def load_config(path: Path) -> Any:
     if not known:
         raise _unknown(path, f"model_type {config.model_type!r}, which is no causal language model")
     return config
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """`require_tensors` of the model that config.json describes, before an engine is started."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(checkpoint.path))
+    require_tensors(checkpoint, model)
+
+
+def require_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise CheckpointError for what `model`, yet without packed matrices, has beside these and the files have not:
+    transformers would fill it with random numbers and vLLM leave it as it is.
+    """
+    arch = checkpoint.arch
+    packed = {f"{arch.module_name(name)}.weight" for name in checkpoint.matrices()}
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ("(?!)",)))
+    experts = arch.mlp.experts and arch.module_name(f".{arch.mlp.experts}").removesuffix(".{e}") + "."
+    absent = model.state_dict().keys() - packed - set(map(arch.module_name, checkpoint.files))
+    for name in sorted(absent - model.all_tied_weights_keys.keys()):
+        if not ignored.search(name) and not (experts and experts in name):
+            found = f"no tensor {name}"
+            raise CheckpointError(str(checkpoint.path), found, "all tensors of the model", "get the files again")
 
 
 def _unknown(path: Path, found: str) -> CheckpointError:
@@ -159,8 +183,10 @@ class BitshardConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
         transformers would take the checkpoint's, or refuse two of different classes, and has no way to say otherwise.
         """
-        if given is None and section.get("quant_method") == "gptq" and os.environ.get(EVERY_GPTQ, "0") != "0":
-            given = cls()
+        if not isinstance(given, cls) and section.get("quant_method") == "gptq":
+            ours = os.environ.get(EVERY_GPTQ, "1" if "bitshard" in section else "0") != "0"
+            if ours and (given is None or given.to_dict() == AutoQuantizationConfig.from_dict(section).to_dict()):
+                given = cls()  # lm-eval gives what the file says
         if not isinstance(given, cls):
             return merge_quantization_configs(section, given)
         merged = copy(given)  # which may be given for another checkpoint, too
@@ -196,6 +222,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             self._open(model, checkpoint_files or ())
         arch, self.dtype = self.plan.arch, model.dtype
         self._require_model(model)
+        require_tensors(self.checkpoint, model)
         modules = {arch.module_name(name): name for name in self.checkpoint.matrices()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         with torch.device("meta"):
@@ -383,18 +410,20 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
         names = [name for name in self.checkpoint.files if name.startswith(packed)]
         return own | self.checkpoint.read(names), {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """An ordinary model again, with the matrices that the codes mean, in the order that the file has."""
         if self.tp_size > 1 or self.plan.arch.mlp.experts:
             found = f"a model on {self.tp_size} ranks" if self.tp_size > 1 else "a mixture of experts"
             raise PlanError("dequantize", found, "one rank, one MLP a block", "quantize from the 16-bit model instead")
         self._require_no_adapters(model)
+        # saving makes a name of the config's
+        into = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for name in self.checkpoint.matrices():
             old = model.get_submodule(name)
             weight, bias = self.checkpoint.weight(name), self.checkpoint.matrix_tensors(name).get("bias")
             W_NK = weight.dequantize() if isinstance(weight, MixedWeight) else weight.dequantize().T
             dense = _dense(W_NK[:, : old.in_features], bias)
-            model.set_submodule(name, dense.to(model.device, dtype))
+            model.set_submodule(name, dense.to(model.device, into))
         for hook in self.hooks:
             hook.remove()
         head = model.get_output_embeddings()
@@ -404,7 +433,7 @@ class BitshardQuantizer(HfQuantizer):  # type: ignore[misc]
             read = self.checkpoint.tensor(own).to(shared) if own in self.checkpoint.files else shared.detach()
             model.set_output_embeddings(_dense(read, None))
             model.tie_weights()
-        return cast(PreTrainedModel, model.to(dtype))
+        return cast(PreTrainedModel, model.to(into))
 
     def _require_no_adapters(self, model: nn.Module) -> None:
         for name in self.checkpoint.matrices():

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,9 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from bitshard.checkpoint import Checkpoint
 from bitshard.errors import PlanError
+from bitshard.integrations.transformers import require_whole
 from bitshard.kernels import BACKEND, require_backend
 from bitshard.layout import Layout, Mix64Layout
 from bitshard.models import architecture, block_linears, shapes
@@ -99,6 +102,8 @@ class BitshardConfig(QuantizationConfig):  # type: ignore[misc]
         refused = {"a mixture of experts": sizes.experts, "q, k and v in one matrix": arch.attention.fused}
         for found in (what for what, so in refused.items() if so):
             raise PlanError(model_name, found, "other models", "run it with transformers: `bitshard generate`")
+        if Path(model_name).is_dir():  # of quantized models vLLM does not ask whether all is there
+            require_whole(Checkpoint.open(Path(model_name)))
         self.blocks, self.linears = arch.blocks, {linear.name for linear in block_linears(arch, sizes)}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
