@@ -104,6 +104,13 @@ def test_greedy_tokens(
     assert "HEADS UnquantizedEmbeddingMethod" in done.stdout
 
 
+def test_one_kv_head_on_two_ranks(tmp_path: Path) -> None:
+    """Both hold it."""
+    folder = random_checkpoint(tmp_path / "m", "llama", MixSpec(), **{**SIZES, "num_key_value_heads": 1})
+    prompts = token_ids(96, shape=(16, 9))
+    require_same_tokens(folder, run(folder, 2, None, prompts), prompts, LEAST_GAP)
+
+
 @pytest.mark.parametrize(("tied", "tp_size"), [(False, 2), (True, 1)])
 def test_the_output_matrix_in_eight_bits(tied: bool, tp_size: int, tmp_path: Path) -> None:
     folder = random_checkpoint(
