@@ -80,7 +80,10 @@ def test_a_version_that_nobody_tested(monkeypatch: pytest.MonkeyPatch, caplog: p
             versions.importlib.metadata, "version", lambda name, found=found: found.get(name) or absent()
         )
         finding = doctor._package("vllm", *doctor.OPTIONAL["vllm"])
-        assert (finding.status, finding.detail) == (status, f"{version}, for models in vLLM; on a GPU never yet run")
+        assert (finding.status, finding.detail) == (
+            status,
+            f"{version}, for models in vLLM, 0.32 on a processor; 0.33 has GPUs, never yet run",
+        )
         assert finding.fix == ("" if status == "ok" else "tested with 0.32, 0.33: docs/engines.md says how")
         for _ in range(2):
             versions.report_untested("vllm")

@@ -208,6 +208,8 @@ def test_adapters_are_trained_saved_and_loaded(spec: QuantSpec | MixSpec, tmp_pa
     for fails in (model.base_model.model.dequantize, lambda: model.base_model.model.save_pretrained(tmp_path / "no")):
         with pytest.raises(PlanError, match="found an adapter around it"):
             fails()
+    with pytest.raises(PlanError, match="adapters: found packed weights to merge them into"):
+        model.merge_and_unload()
     model.save_pretrained(tmp_path / "adapter")
     other, config = from_pretrained(path, spec), peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter", config=adapted(config, other))

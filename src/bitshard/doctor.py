@@ -29,7 +29,7 @@ class Finding:
 REQUIRED = ("torch", "transformers", "safetensors", "gguf")
 # package -> what it is for, and what installs it
 OPTIONAL = {
-    "vllm": ("models in vLLM; on a GPU never yet run", "docs/engines.md says how"),
+    "vllm": ("models in vLLM, 0.32 on a processor; 0.33 has GPUs, never yet run", "docs/engines.md says how"),
     "fastapi": ("`bitshard serve`", "pip install 'bitshard[serve]'"),
     "lm-eval": ("`bitshard eval --tasks`", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "peft": ("adapters", "pip install peft"),

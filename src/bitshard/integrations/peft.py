@@ -23,6 +23,10 @@ class LoraLinear(GPTQLoraLinear):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="Unsupported layer type")  # whose sizes it finds nevertheless
             super().__init__(base_layer, *args, **kwargs)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        fix = "dequantize() a model without adapters, and merge them into that"
+        raise PlanError("adapters", "packed weights to merge them into", "adapters beside them", fix)
+
 
 def adapted(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """`config`, that PEFT can apply it to this model, which the adapters must have been made for.
