@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitshard.errors import BitshardError
 from bitshard.serve import ENGINES, ServeOptions, command
@@ -80,6 +81,10 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "engine: found 'sglang'; allowed: transformers or vllm" in refusal("serve", path, "--engine", "sglang")
     assert "--tp: found 2 ranks; allowed: 1 with transformers' server" in refusal("serve", path, "--tp", 2)
     assert "nothing" in refusal("serve", tmp_path / "nothing")
+    if not torch.cuda.is_available():
+        for backend in ("decode", "triton"):
+            sentence = refusal("serve", path, "--backend", backend)
+            assert f"found {backend}, which does not run here" in sentence and "GPU is needed" in sentence
     old = random_checkpoint(tmp_path / "old", "llama", QuantSpec(4, 16))
     config = json.loads((old / "config.json").read_text())
     del config["quantization_config"]

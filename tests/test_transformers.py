@@ -139,9 +139,13 @@ def test_degrees_and_strategies_that_do_not_fit_are_refused(tmp_path: Path) -> N
         require_degree(Checkpoint.open(converted).plan(), 3, "tp-aware")
 
 
-def test_ranks_that_nobody_started(tmp_path: Path) -> None:
+def test_ranks_that_nobody_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = random_checkpoint(tmp_path / "m", "llama", QuantSpec(4, 16))
     with pytest.raises(RankError, match="tp_size: found 2 ranks, and one process; .* `torchrun --nproc-per-node 2`"):
+        load(str(folder), tp_size=2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RankError, match="tp_size: found 2 ranks, and 3 processes; .*--nproc-per-node 2"):
         load(str(folder), tp_size=2)
 
 

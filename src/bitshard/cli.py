@@ -760,6 +760,8 @@ def bench_kernels(
     sizes = []
     for shape in shapes.split(",") if shapes else ():
         n, _, k = shape.partition("x")
+        if not n or not k:
+            raise typer.BadParameter(f"{shape!r} is no N x K such as 4096x11008", param_hint="--shapes")
         sizes.append((_numbers("--shapes", n)[0], _numbers("--shapes", k)[0]))
     numbers = _numbers("--tokens", tokens) if tokens else ()
     config = KernelBench(tuple(sizes), numbers, _numbers("--threads", threads), repetitions, device)

@@ -14,7 +14,7 @@ import torch
 from bitshard.checkpoint import Checkpoint
 from bitshard.errors import FormatError, SpecError
 from bitshard.integrations.transformers import EVERY_GPTQ, require_whole
-from bitshard.kernels import BACKEND, require_backend
+from bitshard.kernels import BACKEND, require_runs
 
 # what each engine's server needs, and what installs it
 ENGINES = {
@@ -37,7 +37,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise SpecError("engine", repr(self.engine), " or ".join(ENGINES), "choose one of them")
-        require_backend(self.backend)
+        require_runs(self.backend)
         if self.tp_size > 1 and self.engine == "transformers":
             raise SpecError("--tp", f"{self.tp_size} ranks", "1 with transformers' server", "choose --engine vllm")
         modules, remedy = ENGINES[self.engine]

@@ -68,6 +68,9 @@ def load(
     if tp_size > 1 and not dist.is_initialized() and "RANK" not in os.environ:
         start = f"start the program by `torchrun --nproc-per-node {tp_size}`, or use `bitshard generate --tp {tp_size}`"
         raise RankError("tp_size", f"{tp_size} ranks, and one process", "a torch.distributed job of that size", start)
+    if tp_size > 1 and (started := int(os.environ.get("WORLD_SIZE", tp_size))) != tp_size:
+        fix = f"--nproc-per-node {tp_size}, or a degree of {started}"
+        raise RankError("tp_size", f"{tp_size} ranks, and {started} processes", "as many of both", fix)
     if dtype is None:
         dtype = getattr(config, "dtype", None) if torch.cuda.is_available() else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}

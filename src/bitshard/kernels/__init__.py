@@ -64,6 +64,10 @@ class Kernel:
         """Whether it can multiply these, where it runs at all."""
         return arrangement in self.reads and layout in self.layouts and dtype in self.dtypes
 
+    def needs(self, arrangement: Arrangement) -> str:
+        """Other weights than these: "" where they are not on a processor or it runs there."""
+        return "an NVIDIA GPU is needed" if self.reads == ("gpu",) and arrangement != "gpu" else ""
+
     def fits(self, tokens: int, backend: str) -> bool:
         """Whether it is what a backend asks for with so many tokens."""
         if backend not in ("exact", "auto"):
@@ -118,7 +122,7 @@ def choose(layout: str, arrangement: Arrangement, dtype: torch.dtype, tokens: in
         "backend",
         f"{backend} for {layout} {what[arrangement]}, {_name(dtype)} activations",
         ", ".join(["exact", "auto", *(kernel.name for kernel in able)]),
-        (layout in asked.layouts and asked.missing()) or "choose one of these",
+        (layout in asked.layouts and (asked.missing() or asked.needs(arrangement))) or "choose one of these",
     )
 
 
@@ -173,6 +177,15 @@ def _require_device(x: torch.Tensor, weight: torch.Tensor, arrangement: Arrangem
 def require_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise SpecError("backend", repr(backend), ", ".join(BACKENDS), "choose one of them")
+
+
+def require_runs(backend: str) -> None:
+    """Raise SpecError for a backend that does not exist, or a kernel that cannot run on this machine."""
+    require_backend(backend)
+    for kernel in KERNELS:
+        why = kernel.missing() or kernel.needs("gpu" if torch.cuda.is_available() else "cpu")
+        if kernel.name == backend and why:
+            raise SpecError("backend", f"{backend}, which does not run here", "exact, auto and what does", why)
 
 
 def why_not_arranged(device: str, layout: str = "mix64") -> str:
