@@ -65,7 +65,7 @@ class Kernel:
         return arrangement in self.reads and layout in self.layouts and dtype in self.dtypes
 
     def needs(self, arrangement: Arrangement) -> str:
-        """Other weights than these: "" where they are not on a processor or it runs there."""
+        """What this machine lacks for it, where weights are arranged so; "" if nothing."""
         return "an NVIDIA GPU is needed" if self.reads == ("gpu",) and arrangement != "gpu" else ""
 
     def fits(self, tokens: int, backend: str) -> bool:
