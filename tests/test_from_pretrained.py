@@ -145,6 +145,8 @@ def test_dequantized(spec: QuantSpec | MixSpec, model_type: str, tmp_path: Path)
         model.dequantize()
         assert not any(isinstance(module, PackedLinear) for module in model.modules())
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+        own, shared = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert (own is shared) == bool(model.config.tie_word_embeddings)
         model.save_pretrained(tmp_path / backend)
         saved = from_pretrained(path, spec, backend)
         saved.save_pretrained(tmp_path / f"packed-{backend}")
