@@ -232,7 +232,7 @@ def own_tensors(checkpoint: Checkpoint) -> Checkpoint:
     model: Any = _empty_model(checkpoint, checkpoint.sizes, {}, torch.device("cpu"))
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes, dtypes = checkpoint.shapes(files), checkpoint.dtypes(files)
-    for name in sorted(expected.keys() - map(arch.module_name, files) - model.all_tied_weights_keys.keys()):
+    for name in checkpoint.absent(expected.keys() - model.all_tied_weights_keys.keys()):
         raise FormatError(
             f"{checkpoint.path}: {name}", "no such tensor", "every tensor of the model, as config.json has it",
             "correct config.json, or get the files again",

@@ -159,6 +159,10 @@ class Checkpoint:
         """Names of the quantized matrices, in file order."""
         return [name.removesuffix(".qweight") for name in self.files if name.endswith(".qweight")]
 
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Those of a running model's tensors that no file has."""
+        return sorted(set(names) - set(map(self.arch.module_name, self.files)))
+
     def is_irregular(self, module: str) -> bool:
         """True when the matrix asks for its input channels in another order. Reads `g_idx` alone."""
         g_idx, spec = self.g_idx(module), self.spec_of(module)

@@ -128,8 +128,7 @@ def require_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     packed = {f"{arch.module_name(name)}.weight" for name in checkpoint.matrices()}
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ("(?!)",)))
     experts = arch.mlp.experts and arch.module_name(f".{arch.mlp.experts}").removesuffix(".{e}") + "."
-    absent = model.state_dict().keys() - packed - set(map(arch.module_name, checkpoint.files))
-    for name in sorted(absent - model.all_tied_weights_keys.keys()):
+    for name in checkpoint.absent(model.state_dict().keys() - packed - model.all_tied_weights_keys.keys()):
         if not ignored.search(name) and not (experts and experts in name):
             found = f"no tensor {name}"
             raise CheckpointError(str(checkpoint.path), found, "all tensors of the model", "get the files again")

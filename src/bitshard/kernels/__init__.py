@@ -182,9 +182,8 @@ def require_backend(backend: str) -> None:
 def require_runs(backend: str) -> None:
     """Raise SpecError for a backend that does not exist, or a kernel that cannot run on this machine."""
     require_backend(backend)
-    for kernel in KERNELS:
-        why = kernel.missing() or kernel.needs("gpu" if torch.cuda.is_available() else "cpu")
-        if kernel.name == backend and why:
+    for kernel in (kernel for kernel in KERNELS if kernel.name == backend):  # decode compiles itself to find out
+        if why := kernel.missing() or kernel.needs("gpu" if torch.cuda.is_available() else "cpu"):
             raise SpecError("backend", f"{backend}, which does not run here", "exact, auto and what does", why)
 
 
